@@ -1,0 +1,202 @@
+"""The run bundle: a folder that explains itself and can be trusted or is refused by name.
+
+    adapter_model.safetensors   what was trained: the method, and the whole backbone where it was trained
+    optimizer.pt                optimizer and schedule, read with weights_only=True
+    state.json                  step, curves, best scores: everything else that makes the run go on exactly
+    config.json                 the resolved RunConfig
+    manifest.json               versions, git commit, backbone identity, sha256 of every other file
+
+A bundle is written to a temporary folder and renamed, so a killed process leaves a whole bundle or none. Nothing in it
+is unpickled; it cannot run code.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from polyprompt import __version__
+from polyprompt.config import RunConfig, check
+from polyprompt.errors import BundleError, ConfigError
+
+FORMAT = 1
+TENSORS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "state.json",
+    "config.json",
+    "manifest.json",
+)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. tensors: name → what was trained (CPU). backbone: the identity it was trained on."""
+
+    folder: Path
+    config: RunConfig
+    state: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    backbone: Mapping[str, Any]
+
+    def optimizer(self) -> dict[str, Any]:
+        """Read the optimizer and schedule state."""
+        return torch.load(self.folder / OPTIMIZER, map_location="cpu", weights_only=True)
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def write(
+    root: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    config: RunConfig,
+    backbone: Mapping[str, Any],
+) -> Path:
+    """Write root/step_XXXXXXXX atomically and return it. Replaces a bundle of the same step."""
+    target = root / folder_name(step)
+    draft = root / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, draft / TENSORS, metadata={"format": "pt"})
+    torch.save(dict(optimizer), draft / OPTIMIZER)
+    (draft / STATE).write_text(json.dumps(state))
+    (draft / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "backbone": dict(backbone),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "files": {file.name: _sha256(file) for file in sorted(draft.iterdir())},
+    }
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(draft, target)
+    return target
+
+
+def read(folder: Path, *, backbone: Mapping[str, Any] | None = None) -> Bundle:
+    """Open a bundle after checking every byte of it.
+
+    backbone: the identity of the backbone it is to be used with. Raises BundleError if the bundle is damaged,
+    of an unknown format, or was trained on another backbone.
+    """
+    manifest = verify(folder)
+    trained_on = manifest["backbone"]
+    if backbone is not None and trained_on["sha256"] != backbone["sha256"]:
+        raise BundleError(
+            f"bundle {folder} was trained on backbone {trained_on['name']!r} (sha256 {trained_on['sha256'][:12]}), "
+            f"not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set backbone.name to the former, or start "
+            "a new run under another name"
+        )
+    try:
+        return Bundle(
+            folder=folder,
+            config=check(json.loads((folder / CONFIG).read_text())),
+            state=json.loads((folder / STATE).read_text()),
+            tensors=safetensors.torch.load_file(folder / TENSORS),
+            backbone=trained_on,
+        )
+    except (ConfigError, SafetensorError, ValueError) as error:
+        raise BundleError(f"bundle {folder} was written by another version and cannot be read: {error}") from error
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a whole bundle; raise BundleError naming the damaged or missing file."""
+    mend = "use another bundle of the run, or delete this folder"
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files = dict(manifest["files"])
+        if manifest["format"] != FORMAT:
+            raise BundleError(
+                f"bundle {folder} has format {manifest['format']}, this version reads {FORMAT}; use the polyprompt "
+                f"version it was written with ({manifest.get('versions', {}).get('polyprompt')})"
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"bundle {folder} has no readable {MANIFEST} ({error}); {mend}") from error
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise BundleError(f"bundle {folder} is damaged: {name} is missing; {mend}")
+        if _sha256(file) != expected:
+            raise BundleError(f"bundle {folder} is damaged: {name} does not match its sha256; {mend}")
+    return manifest
+
+
+def bundles(root: Path) -> list[Path]:
+    """Return the bundle folders under root, oldest first, whole or not."""
+    return sorted(path for path in root.glob("step_*") if path.is_dir())
+
+
+def newest_whole(root: Path) -> Path | None:
+    """Return the newest undamaged bundle under root; name each damaged one that is passed over in the log."""
+    for folder in reversed(bundles(root)):
+        try:
+            verify(folder)
+        except BundleError as error:
+            log.warning("%s. It is passed over; an older bundle is tried.", error)
+        else:
+            return folder
+    return None
+
+
+def prune(root: Path, keep: set[int], newest: int) -> None:
+    """Delete the bundles under root but for the steps in `keep` and the `newest` ones."""
+    for folder in bundles(root)[:-newest]:
+        if int(folder.name.removeprefix("step_")) not in keep:
+            shutil.rmtree(folder)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"polyprompt": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "transformers", "datasets", "ray", "mlflow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@cache
+def git_commit() -> str:
+    """Return the commit of the code that runs, "-dirty" behind it if files differ, "" outside a git checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git("rev-parse", "HEAD", cwd=folder)
+        return commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no", cwd=folder) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str, cwd: Path) -> str:
+    return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

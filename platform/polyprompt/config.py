@@ -1,0 +1,503 @@
+"""The run config: every key, its type, its range and its default are stated here and nowhere else.
+
+A config is read from YAML recipes merged left to right, then dotted overrides (`load`), and checked (`RunConfig`)
+before anything expensive starts. It is frozen, pickles, and round-trips through YAML.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from polyprompt.errors import ConfigError, hint
+
+
+def _absolute(path: Path) -> Path:
+    """Ray changes the working folder of its workers, so no path stays relative."""
+    if ":/" in str(path):
+        raise ValueError(f"{str(path)!r} looks like an address; give a folder that every worker can reach (local, NFS)")
+    return path.expanduser().absolute()
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone"]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, unknown keys refused, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class BackboneConfig(Section):
+    """The pre-trained model: `embedded`, a hub name or a local folder."""
+
+    name: str = "embedded"
+    revision: str | None = None
+    #: Train the backbone too. None: as the method's paper does (full and hyperprompt: yes; prompt_tuning and smop: no).
+    trainable: bool | None = None
+    #: None: the model's own rate.
+    dropout: Fraction | None = None
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class FullConfig(Section):
+    """Plain multi-task fine-tuning: no prompts, every backbone weight trained."""
+
+    name: Literal["full"] = "full"
+
+
+class PromptTuningConfig(Section):
+    """Soft prompts before the input (Lester et al. 2021)."""
+
+    name: Literal["prompt_tuning"] = "prompt_tuning"
+    length: NonNegativeInt = 20
+    per_task: bool = True
+    #: vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces; normal: N(0, init_std^2).
+    init: Literal["vocabulary", "normal"] = "vocabulary"
+    init_std: PositiveFloat = 0.5
+
+
+class SMoPConfig(Section):
+    """Sparse mixture of prompts (Choi et al. 2023): k short prompts and a router."""
+
+    name: Literal["smop"] = "smop"
+    num_prompts: PositiveInt = 4
+    length: NonNegativeInt = 5
+    top_k: PositiveInt = 1
+    #: Multiply the router's logits by 1 + N(0, 1) in training.
+    perturbation: bool = True
+    #: shared: one router and one set of prompts for all tasks; per_task: one router a task over the shared prompts.
+    router: Literal["shared", "per_task"] = "shared"
+    #: probability: the paper. batch_sum: what the authors' code does at top-1; rows then depend on their batch-mates.
+    gate: Literal["probability", "batch_sum"] = "probability"
+    init_std: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> "SMoPConfig":
+        if self.top_k > self.num_prompts:
+            raise ValueError(f"method.top_k={self.top_k} must be at most method.num_prompts={self.num_prompts}")
+        if self.gate == "batch_sum" and self.top_k != 1:
+            raise ValueError("method.gate=batch_sum exists at method.top_k=1 only; set method.top_k=1")
+        return self
+
+
+class HyperPromptConfig(Section):
+    """Prompts for every self-attention layer, made by hypernetworks (He et al. 2022)."""
+
+    name: Literal["hyperprompt"] = "hyperprompt"
+    variant: Literal["share", "sep", "global"] = "global"
+    stacks: Literal["both", "encoder", "decoder"] = "both"
+    encoder_length: NonNegativeInt = 16
+    decoder_length: NonNegativeInt = 6
+    #: Bottleneck b = hidden size / reduction.
+    reduction: PositiveInt = 32
+    #: t: size of the layer-aware task embedding (global only).
+    layer_task_embedding_size: PositiveInt = 64
+    #: t': size of the task embedding and of the layer embedding (global only).
+    task_embedding_size: PositiveInt = 64
+    #: e: hidden size of the MLP that joins the two (global only).
+    mlp_hidden_size: PositiveInt = 64
+
+
+MethodConfig = Annotated[FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig, Field(discriminator="name")]
+METHOD_NAMES: tuple[str, ...] = tuple(
+    get_args(c.model_fields["name"].annotation)[0] for c in get_args(get_args(MethodConfig)[0])
+)
+
+
+class HubConfig(Section):
+    """A hub data set: `splits` maps train, validation and test to the data set's own split names."""
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    splits: dict[Literal["train", "validation", "test"], str] = {"train": "train", "validation": "validation"}
+
+
+class TaskConfig(Section):
+    """A user's own task. Exactly one of `files` and `hub`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$")]
+    files: dict[Literal["train", "validation", "test"], AbsolutePath] | None = None
+    hub: HubConfig | None = None
+    #: Template of the model's input; {field} stands for the row's field, {field.sub} for a nested one.
+    input: str
+    #: Template of the target, or the name of a field.
+    target: str
+    #: Maps values of the target to words.
+    labels: dict[str, str] | None = None
+    choices: list[str] | None = None
+    metrics: Annotated[list[str], Field(min_length=1)] = ["accuracy"]
+    weight: PositiveFloat = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_are_text(cls, data: Any) -> Any:
+        """YAML reads `0:` as a number and `true` as a bool; a row's value is compared by its text."""
+        if not isinstance(data, Mapping):
+            return data
+        table = dict(data)
+        if isinstance(table.get("labels"), Mapping):
+            table["labels"] = {str(k): str(v) for k, v in table["labels"].items()}
+        if isinstance(table.get("choices"), list):
+            table["choices"] = [str(c) for c in table["choices"]]
+        return table
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TaskConfig":
+        if (self.files is None) == (self.hub is None):
+            raise ValueError("give exactly one of `files` and `hub`")
+        return self
+
+
+TaskEntry = Annotated[
+    Annotated[str, Tag("name")] | Annotated[TaskConfig, Tag("task")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "task"),
+]
+
+
+class DataConfig(Section):
+    """Where rows come from and how long texts may be."""
+
+    #: Folder with <task>/{train,validation,test}.jsonl in the official fields, instead of the hub.
+    root: AbsolutePath | None = None
+    max_input_tokens: PositiveInt = 512
+    max_target_tokens: PositiveInt = 32
+    #: Use only the first rows of each split (None: all). A limit is for trying things out, never for results.
+    max_train_examples: PositiveInt | None = None
+    max_validation_examples: PositiveInt | None = None
+    #: Tokenised data is kept here. None: $XDG_CACHE_HOME/polyprompt or ~/.cache/polyprompt.
+    cache_dir: AbsolutePath | None = None
+
+
+class MixtureConfig(Section):
+    """How often each task is drawn."""
+
+    #: proportional: min(n, cap)^(1/temperature); uniform: equal; weights: each task's own `weight`.
+    kind: Literal["proportional", "uniform", "weights"] = "proportional"
+    temperature: Annotated[float, Field(ge=1.0)] = 1.0
+    #: Artificial limit on the examples of a task (T5's K). None: no limit.
+    cap: PositiveInt | None = None
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    max_steps: PositiveInt = 1000
+    #: Rows of the global batch, over all workers.
+    batch_size: PositiveInt = 32
+    #: The global batch is cut into this many shards, each with its own random stream; workers take shards.
+    num_shards: PositiveInt = 4
+    #: Micro-batches a shard is split into, to save memory.
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 1e-3
+    #: Learning rates of parameter groups that differ from `learning_rate`.
+    group_learning_rates: dict[ParameterGroupName, PositiveFloat] = {}
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    lr_scheduler_type: Literal["constant", "linear", "inverse_sqrt"] = "constant"
+    warmup_ratio: Fraction = 0.0
+    #: Clip the norm of the whole gradient (None: no clipping).
+    max_grad_norm: PositiveFloat | None = 1.0
+    #: bf16: frozen weights are stored in bf16, trained ones stay fp32 and compute in bf16. fp16 overflows on T5.
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: NonNegativeInt = 42
+    logging_steps: PositiveInt = 10
+    #: Write a bundle every so many steps. None: whenever the model is evaluated.
+    save_steps: PositiveInt | None = None
+    #: Newest bundles to keep; the best by mean and the best of each task are kept beside them.
+    save_total_limit: PositiveInt = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_fp16(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and str(data.get("precision")).lower() in ("fp16", "float16", "half"):
+            raise ValueError(
+                "train.precision=fp16 is refused: T5's activations overflow fp16 (they were trained in bf16). "
+                "Use train.precision=bf16, or fp32"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> "TrainConfig":
+        if self.num_shards > self.batch_size:
+            raise ValueError(
+                f"train.num_shards={self.num_shards} must be at most train.batch_size={self.batch_size}: "
+                "a shard needs at least one row"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    """When and how the model is scored on the validation splits."""
+
+    #: Evaluate every so many steps; the last step is always evaluated. None: only the last.
+    steps: PositiveInt | None = None
+    #: rank: the choice with the highest log-likelihood; generate: greedy decoding and exact match.
+    #: Tasks without choices are always generated.
+    mode: Literal["rank", "generate"] = "rank"
+    batch_size: PositiveInt = 64
+    #: Stop after so many evaluations without a better mean score (None: never).
+    early_stopping_patience: PositiveInt | None = None
+
+
+class ComputeConfig(Section):
+    """Workers and where their bundles go."""
+
+    #: 0: train in this process, without Ray. N: N Ray Train workers.
+    num_workers: NonNegativeInt = 0
+    use_gpu: bool = False
+    #: Torch threads and Ray CPUs of each worker, and torch threads of an in-process run.
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: PositiveFloat = 1.0
+    #: exact: shard gradients are summed in float64, so the result does not depend on how workers share the shards;
+    #: ddp: torch's DistributedDataParallel, which overlaps communication with the backward pass.
+    gradient_sum: Literal["exact", "ddp"] = "exact"
+    #: Folder (visible to every worker) that holds <run name>/<bundles>.
+    storage_path: AbsolutePath = Field(default=Path("runs"), validate_default=True)
+    #: Times a run is restarted from its newest bundle after a worker, node or driver process died.
+    max_failures: NonNegativeInt = 3
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    #: None: $MLFLOW_TRACKING_URI, which always wins, or sqlite:///mlflow.db in the working folder.
+    uri: str | None = None
+    #: $MLFLOW_EXPERIMENT_NAME wins.
+    experiment: str = "polyprompt"
+    #: Sample CPU, memory and GPU use every so many seconds (None: never).
+    system_metrics_interval_seconds: PositiveFloat | None = 10.0
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    #: Runs of the same name are the same run: started again, it goes on from its newest bundle.
+    #: None: <method>-<hash of the config>.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")] | None = None
+    backbone: BackboneConfig = BackboneConfig()
+    method: MethodConfig = HyperPromptConfig()
+    tasks: Annotated[list[TaskEntry], Field(min_length=1)]
+    data: DataConfig = DataConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        """`backbone: embedded` and `method: smop` mean their `name`."""
+        if not isinstance(data, Mapping):
+            return data
+        return {k: {"name": v} if k in ("backbone", "method") and isinstance(v, str) else v for k, v in data.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        names = self.task_names
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"tasks: {', '.join(twice)} listed more than once; list each task once")
+        if self.method.name == "full" and self.backbone.trainable is False:
+            raise ValueError("method.name=full trains the backbone, but backbone.trainable=false; drop one of the two")
+        if self.compute.num_workers > self.train.num_shards:
+            raise ValueError(
+                f"compute.num_workers={self.compute.num_workers} must be at most train.num_shards="
+                f"{self.train.num_shards}: a worker without a shard would idle. Raise train.num_shards"
+            )
+        if self.compute.gradient_sum == "ddp" and self.compute.num_workers == 0:
+            raise ValueError("compute.gradient_sum=ddp needs compute.num_workers >= 1; use exact in-process")
+        if self.evaluate.early_stopping_patience is not None and self.evaluate.steps is None:
+            raise ValueError(
+                "evaluate.early_stopping_patience needs evaluate.steps: without it only the last step is scored"
+            )
+        return self
+
+    @property
+    def task_names(self) -> list[str]:
+        return [t if isinstance(t, str) else t.name for t in self.tasks]
+
+    @property
+    def train_backbone(self) -> bool:
+        """Is the backbone trained? As set, or as the method's paper does."""
+        if self.backbone.trainable is not None:
+            return self.backbone.trainable
+        return self.method.name in ("full", "hyperprompt")
+
+    def identity(self) -> str:
+        """Return the hash (12 hex digits) of everything that shapes the result.
+
+        Left out: the name, where things are stored or tracked, and how many workers share the work.
+        """
+        shaping = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
+        shaping["data"].pop("cache_dir")
+        for key in ("logging_steps", "save_steps", "save_total_limit"):
+            shaping["train"].pop(key)
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_yaml(self) -> str:
+        """Return the resolved config as a recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, str]:
+        """Return "section.key" → value as text, for tracking. Lists and tables of values become JSON."""
+
+        def walk(prefix: str, value: Any) -> dict[str, str]:
+            if isinstance(value, dict) and value and prefix.count(".") < 1:
+                return {
+                    k: v
+                    for key, sub in value.items()
+                    for k, v in walk(f"{prefix}.{key}" if prefix else key, sub).items()
+                }
+            return {prefix: value if isinstance(value, str) else json.dumps(value)}
+
+        return walk("", self.model_dump(mode="json"))
+
+
+def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read recipes, merge them left to right, apply "key.sub=value" overrides and check the result.
+
+    Lists are replaced, tables are merged. A layer that names another method starts a fresh `method` table, because
+    the old method's keys do not fit it. Relative paths inside a recipe's task `files` belong to the working folder.
+    Raises ConfigError naming the key, the value and the nearest known name.
+    """
+    layers = [_read(path) for path in recipes]
+    if overrides:
+        bad = [o for o in overrides if "=" not in o or o.startswith("-")]
+        if bad:
+            raise ConfigError(f"override {bad[0]!r} is not of the form key.sub=value")
+        try:
+            layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"overrides {list(overrides)}: {error}") from error
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        old, new = merged.get("method"), layer.get("method")
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) != old.get("name"):
+            merged.pop("method")
+        try:
+            merged = OmegaConf.to_container(OmegaConf.merge(merged, layer), resolve=False)  # type: ignore[assignment]
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"recipes cannot be merged: {error}") from error
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"recipe interpolation failed: {error}") from error
+    return check(resolved)  # type: ignore[arg-type]
+
+
+def check(data: Mapping[str, Any]) -> RunConfig:
+    """Validate a plain table. Raises ConfigError with one line for each fault."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(fault) for fault in error.errors()))) from None
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's booleans: true and false only, so that `labels: {0: no}` means the word "no"; and 1e-3 is a number."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = hint(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        raise ConfigError(f"recipe {path} does not exist.{near}")
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"recipe {path} must be a table of keys, not {type(table).__name__}")
+    return table  # type: ignore[return-value]
+
+
+def _explain(fault: Any) -> str:
+    """Turn one pydantic fault into "key: what is wrong (got value). Did you mean …?"."""
+    # pydantic puts the tag of a union (a method's name, the kind of a task entry) into the path; a user's path has none.
+    loc = fault["loc"]
+    where = [
+        str(part)
+        for i, part in enumerate(loc)
+        if not (i == 1 and loc[0] == "method" and part in METHOD_NAMES) and not (i == 2 and loc[0] == "tasks")
+    ]
+    key = ".".join(where) or "config"
+    match fault["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key.{hint(where[-1], _siblings(fault['loc']))}"
+        case "missing":
+            return f"{key}: this key is required"
+        case "union_tag_invalid":
+            got = fault["input"].get("name")
+            return (
+                f"{key}.name: unknown method {got!r}; known: {', '.join(METHOD_NAMES)}.{hint(str(got), METHOD_NAMES)}"
+            )
+        case "union_tag_not_found":
+            return f"{key}.name: name the method; known: {', '.join(METHOD_NAMES)}"
+        case "value_error":
+            return str(fault["ctx"]["error"]) if key == "config" else f"{key}: {fault['ctx']['error']}"
+    return f"{key}: {fault['msg']} (got {fault['input']!r})"
+
+
+def _siblings(loc: Sequence[Any]) -> list[str]:
+    """The known keys beside an unknown one."""
+    model: Any = RunConfig
+    for part in loc[:-1]:
+        if model is RunConfig and part == "method":
+            continue
+        if part in METHOD_NAMES:
+            model = next(c for c in get_args(get_args(MethodConfig)[0]) if c.model_fields["name"].default == part)
+        elif part == "task" and model is RunConfig:
+            model = TaskConfig
+        elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
+            annotation = model.model_fields[part].annotation
+            nested = [
+                a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
+            ]
+            model = nested[0] if nested else model
+    return list(model.model_fields)

@@ -1,0 +1,80 @@
+"""The seam between what a prompt is (methods/) and how it is glued onto a backbone (backbone.py).
+
+Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L layers, N heads, D head size, K tasks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone"]
+
+
+@dataclass(frozen=True)
+class StackDims:
+    """One stack of self-attention layers. N * D need not equal the hidden size (T5-3B, T5-11B)."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a method needs to know of a backbone. `encoder` is None for a decoder-only model."""
+
+    hidden: int
+    encoder: StackDims | None
+    decoder: StackDims
+    num_tasks: int
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Extra keys and values for every self-attention layer of one stack, row by row."""
+
+    keys_LBNPD: Tensor
+    values_LBNPD: Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a method hands the backbone for one batch.
+
+    inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
+    different length (None: all). encoder, decoder: prepended to the keys and values of self-attention.
+    aux: statistics and extra losses by name; a key that starts with "loss/" is added to the training loss.
+    """
+
+    inputs_BPH: Tensor | None = None
+    mask_BP: Tensor | None = None
+    encoder: KeyValues | None = None
+    decoder: KeyValues | None = None
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module, ABC):
+    """A way to condition one model on many tasks. Holds the method's own parameters and nothing of the backbone."""
+
+    #: Do the task ids change the prompts?
+    task_aware: bool
+    #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
+    input_length: int = 0
+
+    @abstractmethod
+    def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
+        """Return the prompts for a batch.
+
+        x_BTH: input embeddings (before dropout). mask_BT: 1 for real tokens. task_B: task ids (int64).
+        A row's prompts depend on that row alone, never on its batch-mates or on padding.
+        """
+
+    @abstractmethod
+    def group_of(self, parameter: str) -> ParameterGroup:
+        """Return the optimizer group of one of the method's own parameters, by its name."""
+
+    def initialise(self, embedding_VH: Tensor) -> None:
+        """Set parameters that start from the backbone's vocabulary (V pieces). Called once, before training."""
