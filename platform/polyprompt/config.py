@@ -278,8 +278,8 @@ class ComputeConfig(Section):
     #: exact: shard gradients are summed in float64, so the result does not depend on how workers share the shards;
     #: ddp: torch's DistributedDataParallel, which overlaps communication with the backward pass.
     gradient_sum: Literal["exact", "ddp"] = "exact"
-    #: Folder (visible to every worker) that holds <run name>/<bundles>.
-    storage_path: AbsolutePath = Field(default=Path("runs"), validate_default=True)
+    #: Folder, visible to every worker, whose <run name>/bundles holds the bundles. None: the run's output folder.
+    storage_path: AbsolutePath | None = None
     #: Times a run is restarted from its newest bundle after a worker, node or driver process died.
     max_failures: NonNegativeInt = 3
 

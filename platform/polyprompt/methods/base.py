@@ -46,7 +46,8 @@ class Prompts:
 
     inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
     different length (None: all). encoder, decoder: prepended to the keys and values of self-attention.
-    aux: statistics and extra losses by name; a key that starts with "loss/" is added to the training loss.
+    aux: statistics by name, detached. "router/probability" [B, prompts]: the router's softmax; "router/choice" [B]: the
+    prompt with the highest one.
     """
 
     inputs_BPH: Tensor | None = None
@@ -61,6 +62,8 @@ class Method(nn.Module, ABC):
 
     #: Do the task ids change the prompts?
     task_aware: bool
+    #: Routes of a router whose choice "router/choice" (B, int64) is in Prompts.aux; 0 for none.
+    num_routes: int = 0
     #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
     input_length: int = 0
 
@@ -77,4 +80,7 @@ class Method(nn.Module, ABC):
         """Return the optimizer group of one of the method's own parameters, by its name."""
 
     def initialise(self, embedding_VH: Tensor) -> None:
-        """Set parameters that start from the backbone's vocabulary (V pieces). Called once, before training."""
+        """Set parameters that start from the backbone's vocabulary. Called once, before training.
+
+        embedding_VH: embeddings of the V ordinary pieces (no special tokens), in the order of their ids.
+        """

@@ -55,7 +55,7 @@ def _acceptability(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
     verb_form = words.VERBS[verb] + "s" * (plural == (fault == "verb"))
     parts = [determiner, noun, rng.choice(words.PREPOSITIONS), "the", between, verb_form, rng.choice(words.ADVERBS)]
     if fault == "order":
-        at = rng.randrange(len(parts) - 1)
+        at = rng.randrange(len(parts) - 2)  # a verb and its adverb may stand either way
         parts[at], parts[at + 1] = parts[at + 1], parts[at]
     return {"sentence": " ".join(parts), "label": label}
 

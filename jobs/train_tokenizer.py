@@ -1,0 +1,129 @@
+"""Make the embedded backbone's tokenizer from plain text and from the embedded suite.
+
+    python jobs/train_tokenizer.py --corpus BOOKS.txt.gz NOVELS.txt.gz [--out DIR] [--vocab-size 8192]
+
+A Unigram tokenizer laid out as T5's: <pad>=0, </s>=1, <unk>=2, byte pieces (no text is lost), pieces, and 100 sentinels
+at the end, <extra_id_0> last. Every word of the suite is made one piece. Writes tokenizer.json and tokenizer_config.json.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+PLATFORM = Path(__file__).resolve().parents[1] / "platform"
+sys.path.insert(0, str(PLATFORM))
+
+from polyprompt.tasks.embedded import tasks  # noqa: E402
+
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]
+SPACE = "▁"
+Vocabulary = list[tuple[str, float]]
+
+
+def suite_words() -> Counter[str]:
+    """Count the words of the suite's texts and targets, train and validation."""
+    words: Counter[str] = Counter()
+    for task in tasks().values():
+        for split in (task.train_split, task.validation_split):
+            for row in task.source.rows(split):  # type: ignore[union-attr]
+                for example in task.examples(row, split):
+                    words.update(f"{example.input} {example.target}".split())
+    words.update(word for task in tasks().values() for word in task.choices)
+    words.update(f"{tenths / 10:.1f}" for tenths in range(0, 51, 2))
+    return words
+
+
+def corpus_lines(files: list[Path], fraction: float, seed: int) -> Iterator[str]:
+    """Yield a random share of the lines of gzipped or plain text files."""
+    rng = random.Random(seed)
+    for file in files:
+        opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+        with opened as lines:
+            yield from (line.strip() for line in lines if rng.random() < fraction)
+
+
+def train_pieces(lines: Iterator[str], size: int) -> Vocabulary:
+    """Return (piece, log-probability) of a Unigram model, most likely first."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(SPACE), pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(True)]
+    )
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=["<unk>"], unk_token="<unk>", max_piece_length=16, show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
+    return sorted(((p, s) for p, s in vocabulary if p != "<unk>"), key=lambda item: -item[1])
+
+
+def with_words(pieces: Vocabulary, words: Counter[str], size: int) -> Vocabulary:
+    """Return `size` pieces that hold every word whole; the least likely pieces make room.
+
+    A word scores better than any way to cut it: a cut has at least two pieces, each at most as likely as the best one.
+    """
+    single = [(p, s) for p, s in pieces if len(p) == 1]
+    wanted = {SPACE + word for word in words}
+    known = dict(pieces)
+    best = max(s for _, s in pieces)
+    floor = 2 * best - 1e-3
+    # A long word keeps its own score where that already wins.
+    whole = [(w, max(known.get(w, floor), min(floor, best - 1e-3))) for w in sorted(wanted)]
+    rest = [(p, s) for p, s in pieces if p not in wanted and len(p) > 1]
+    kept = single + whole
+    return sorted(kept + rest[: size - len(kept)], key=lambda item: -item[1])
+
+
+def assemble(pieces: Vocabulary) -> Tokenizer:
+    """Return the tokenizer that cuts at spaces only, falls back to bytes, and ends every text with </s>."""
+    worst = min(s for _, s in pieces) - 10.0
+    vocabulary = [(s, 0.0) for s in SPECIAL] + [(b, worst) for b in BYTES] + pieces + [(s, 0.0) for s in SENTINELS]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>"), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(SPACE)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", SPECIAL.index("</s>"))]
+    )
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL + SENTINELS])
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="plain text, .txt or .txt.gz")
+    parser.add_argument("--out", type=Path, default=PLATFORM / "polyprompt" / "embedded", help="folder to write to")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="all pieces, special ones and sentinels included")
+    parser.add_argument("--fraction", type=float, default=0.25, help="share of the corpus lines to train on")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    size = args.vocab_size - len(SPECIAL) - len(BYTES) - len(SENTINELS)
+    pieces = train_pieces(corpus_lines(args.corpus, args.fraction, args.seed), size)
+    tokenizer = assemble(with_words(pieces, suite_words(), size))
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(args.out / "tokenizer.json"), pretty=False)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "extra_special_tokens": SENTINELS[::-1],
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }
+    (args.out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    print(f"{args.out}: {tokenizer.get_vocab_size()} pieces")
+
+
+if __name__ == "__main__":
+    main()

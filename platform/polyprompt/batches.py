@@ -1,0 +1,81 @@
+"""The global batch of a step, cut into shards with their own random streams.
+
+Who computes a shard changes nothing in it: its rows, its padding and its dropout follow from (seed, step, shard).
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from polyprompt.config import RunConfig
+from polyprompt.data import Batch, TaskData, collate
+from polyprompt.mixture import Mixture, cut, random_seed, rates
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed part of the global batch. seed: of its random stream. micro_batches: computed one after another."""
+
+    seed: int
+    micro_batches: tuple[Batch, ...]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The shards of this process, and what is true of the whole batch on every process.
+
+    task_rows: task index → rows. num_target_tokens normalises the loss. digest: of the (task, example) pairs.
+    """
+
+    step: int
+    shards: tuple[Shard, ...]
+    task_rows: Mapping[int, int]
+    num_rows: int
+    num_input_tokens: int
+    num_target_tokens: int
+    digest: str
+
+
+class Batches:
+    """Global batches by step: `batches[step]`, the first step is 1. Holds no state."""
+
+    def __init__(self, data: Sequence[TaskData], config: RunConfig, pad_id: int, shards: Sequence[int]) -> None:
+        """shards: the numbers of the shards (of train.num_shards) that this process computes."""
+        self.data = data
+        self.train = config.train
+        self.pad_id = pad_id
+        self.shards = shards
+        sizes = [len(task.train) for task in data]
+        shares = rates(config.mixture, sizes, [task.task.weight for task in data])
+        self.mixture = Mixture(shares, sizes, config.train.seed)
+
+    def __getitem__(self, step: int) -> GlobalBatch:
+        pairs = self.mixture.batch(step, self.train.batch_size)
+        lengths = [self._length(task, example) for task, example in pairs]
+        parts = cut(lengths, self.train.num_shards)
+        return GlobalBatch(
+            step=step,
+            shards=tuple(self._shard(step, index, [pairs[row] for row in parts[index]]) for index in self.shards),
+            task_rows=Counter(task for task, _ in pairs),
+            num_rows=len(pairs),
+            num_input_tokens=sum(int(self.data[task].train.input_lengths[example]) for task, example in pairs),
+            num_target_tokens=sum(int(self.data[task].train.target_lengths[example]) for task, example in pairs),
+            digest=hashlib.sha256(repr(pairs).encode()).hexdigest(),
+        )
+
+    def _length(self, task: int, example: int) -> int:
+        split = self.data[task].train
+        return int(split.input_lengths[example] + split.target_lengths[example])
+
+    def _shard(self, step: int, index: int, pairs: Sequence[tuple[int, int]]) -> Shard:
+        pieces = self.train.gradient_accumulation_steps
+        size = -(-len(pairs) // pieces)
+        return Shard(
+            seed=random_seed("shard", self.train.seed, step, index),
+            micro_batches=tuple(self._collate(pairs[i : i + size]) for i in range(0, len(pairs), size)),
+        )
+
+    def _collate(self, pairs: Sequence[tuple[int, int]]) -> Batch:
+        rows = [self.data[task].train.rows([example])[0] for task, example in pairs]
+        return collate(rows, [task for task, _ in pairs], self.pad_id)

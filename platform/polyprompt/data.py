@@ -1,0 +1,295 @@
+"""From a task's source to batches: rows, examples, tokens (made once and kept on disk), padded tensors.
+
+Letters: B rows of a batch, T input tokens, S target tokens. The only file that imports `datasets`.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from polyprompt import sources, token_store
+from polyprompt.config import DataConfig, RunConfig
+from polyprompt.errors import DataError
+from polyprompt.tasks.metrics import compute
+from polyprompt.tasks.records import Example, HubSource, Row, Task
+from polyprompt.token_store import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of padding: the loss passes over it."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One example as token ids, both ending in </s>."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows, all int64. mask_BT: 1 for real tokens. labels_BS: IGNORED where padded. task_B: task ids."""
+
+    input_ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BS: Tensor
+    task_B: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(t.to(device) for t in (self.input_ids_BT, self.mask_BT, self.labels_BS, self.task_B)))
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Target tokens that count in the loss."""
+        return int((self.labels_BS != IGNORED).sum())
+
+
+def collate(rows: Sequence[TokenRow], task_ids: Sequence[int], pad_id: int) -> Batch:
+    """Pad rows to the longest input and the longest target among them."""
+    if len(rows) != len(task_ids):
+        raise ValueError(f"{len(rows)} rows but {len(task_ids)} task ids")
+    inputs, targets = [r.input_ids for r in rows], [r.target_ids for r in rows]
+    mask_BT = _padded([[1] * len(ids) for ids in inputs], 0)
+    return Batch(_padded(inputs, pad_id), mask_BT, _padded(targets, IGNORED), torch.tensor(task_ids, dtype=torch.int64))
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+
+def length_batches(lengths: Sequence[int] | npt.NDArray[np.int32], batch_size: int) -> list[list[int]]:
+    """Cut the indices into batches of like length, longest first: less padding, and too little memory shows at once."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class Split:
+    """The tokenised examples of one split, memory-mapped. Pickles as its address, so it opens in any process."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def __reduce__(self) -> tuple[type["Split"], tuple[Path, str]]:
+        return Split, (self.folder, self.name)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @cached_property
+    def _table(self) -> datasets.Dataset:
+        if not token_store.is_whole(self.folder):
+            raise DataError(f"{self.folder}: no whole cache of tokenised data on this machine; call prepare() on it")
+        return datasets.Dataset.from_file(str(self.folder / f"{self.name}.arrow"))
+
+    @cached_property
+    def _tokens(self) -> datasets.Dataset:
+        return self._table.select_columns(["input_ids", "target_ids"])
+
+    @cached_property
+    def _texts(self) -> datasets.Dataset:
+        return self._table.select_columns(["input", "target", "choices", "answers", "group", "value"])
+
+    @cached_property
+    def _meta(self) -> dict[str, Any]:
+        return token_store.read_meta(self.folder)
+
+    @cached_property
+    def input_lengths(self) -> npt.NDArray[np.int32]:
+        """Input tokens of every example."""
+        return self._lengths("input_ids")
+
+    @cached_property
+    def target_lengths(self) -> npt.NDArray[np.int32]:
+        """Target tokens of every example."""
+        return self._lengths("target_ids")
+
+    def _lengths(self, column: str) -> npt.NDArray[np.int32]:
+        return pc.list_value_length(self._table.data.column(column)).to_numpy().astype(np.int32)
+
+    @property
+    def num_cut_inputs(self) -> int:
+        """How many inputs were longer than the limit."""
+        return int(self._meta["splits"][self.name]["num_cut_inputs"])
+
+    @property
+    def num_cut_targets(self) -> int:
+        """How many targets were longer than the limit."""
+        return int(self._meta["splits"][self.name]["num_cut_targets"])
+
+    def rows(self, indices: Iterable[int]) -> list[TokenRow]:
+        """Return the token ids of the examples."""
+        columns = self._tokens[[int(i) for i in indices]]
+        return [TokenRow(*pair) for pair in zip(columns["input_ids"], columns["target_ids"], strict=True)]
+
+    def examples(self, indices: Iterable[int]) -> list[Example]:
+        """Return the examples as text."""
+        columns = self._texts[[int(i) for i in indices]]
+        shared = tuple(self._meta["choices"])
+        columns["choices"] = [shared if own is None else tuple(own) for own in columns["choices"]]
+        columns["answers"] = [tuple(answers) for answers in columns["answers"]]
+        return [Example(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+    def choice_ids(self, index: int) -> list[list[int]]:
+        """Return the token ids of every choice of an example, each ending in </s>; [] for free text."""
+        own = self._choice_ids[int(index)]["choice_ids"]
+        return self._meta["choice_ids"] if own is None else own
+
+    @cached_property
+    def _choice_ids(self) -> datasets.Dataset:
+        return self._table.select_columns(["choice_ids"])
+
+    def targets(self) -> list[str]:
+        """Return the target text of every example."""
+        return self._table.data.column("target").to_pylist()
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task with its two splits. digest (20 hex digits): same digest, same token ids in the same order."""
+
+    task: Task
+    train: Split
+    validation: Split
+    digest: str
+
+
+def prepare(
+    config: RunConfig, tasks: Sequence[Task], tokenizer: Tokenizer, *, max_input_tokens: int
+) -> tuple[TaskData, ...]:
+    """Read and tokenise every task, or open what an earlier run left in `data.cache_dir`.
+
+    Inputs longer than max_input_tokens and targets longer than `data.max_target_tokens` are cut and keep their </s>.
+    Raises DataError naming file, line and field for a bad row, and for an empty split or a choice that would be cut.
+    """
+    return tuple(_prepare(config.data, task, tokenizer, max_input_tokens) for task in tasks)
+
+
+def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tokens: int) -> TaskData:
+    limits = {"train": config.max_train_examples, "validation": config.max_validation_examples}
+    identity = {
+        "format": token_store.FORMAT,
+        "task": task.name,
+        "source": _source_identity(task),
+        "examples": _identity(task.examples),
+        "choices": task.choices,
+        "tokenizer": _tokenizer_identity(tokenizer),
+        "max_tokens": [max_input_tokens, config.max_target_tokens],
+        "limits": limits,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    folder = _cache_folder(config) / digest
+    if not token_store.is_whole(folder):
+        read = {
+            "train": read_examples(task, task.train_split),
+            "validation": read_examples(task, task.validation_split),
+        }
+        splits = {name: islice(examples, limits[name]) for name, examples in read.items()}
+        token_store.Writer(task, tokenizer, max_input_tokens, config.max_target_tokens).write(folder, splits)
+    data = TaskData(task, Split(folder, "train"), Split(folder, "validation"), digest)
+    for split in (data.train, data.validation):
+        if split.num_cut_targets:
+            counts = f"{split.num_cut_targets} of {len(split)} {split.name} targets"
+            logger.warning("%s: %s were cut to data.max_target_tokens=%d", task.name, counts, config.max_target_tokens)
+    return data
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    root = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyprompt"
+    return root.expanduser().absolute()
+
+
+def majority(data: TaskData) -> dict[str, float]:
+    """Return the task's validation metrics of always saying the most frequent training target."""
+    target, _ = Counter(data.train.targets()).most_common(1)[0]
+    references = data.validation.examples(range(len(data.validation)))
+    return compute(data.task.metrics, [target] * len(references), references)
+
+
+def read_examples(task: Task, split: str) -> Iterator[tuple[sources.Origin, Example]]:
+    """Yield the examples of a split with the origin of their row. Raises DataError naming file, line and field."""
+    for origin, row in _rows(task, split):
+        try:
+            for example in task.examples(row, split):
+                yield origin, example if example.choices else replace(example, choices=task.choices)
+        except DataError as error:
+            raise DataError(f"{task.name}: {origin}: {error}") from error
+
+
+def _rows(task: Task, split: str) -> Iterator[tuple[sources.Origin, Row]]:
+    if not isinstance(task.source, HubSource):
+        yield from sources.rows(task.source, split)
+        return
+    for number, row in enumerate(_load(task.source, split), start=1):
+        yield f"{task.source.path} {task.source.config or ''} {split} row {number}", row
+
+
+def _load(source: HubSource, split: str) -> datasets.Dataset:
+    address = f"data set {source.path!r} (config {source.config!r}, revision {source.revision!r}, split {split!r})"
+    if split not in source.splits:
+        raise DataError(f"{address}: this split is not mapped; hub.splits has {', '.join(source.splits)}")
+    try:
+        return datasets.load_dataset(source.path, source.config, revision=source.revision, split=source.splits[split])
+    # Whatever the hub, the network or the hub's cache raises means the same here; the cause is kept.
+    except Exception as error:
+        raise DataError(
+            f"{address} cannot be loaded: {type(error).__name__}: {error}\nCheck the address and the network "
+            f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 'unset')}; when set, only cached data are used), or "
+            "read files: data.root=DIR with DIR/<task>/train.jsonl and validation.jsonl, or the task's own `files`"
+        ) from error
+
+
+def _source_identity(task: Task) -> str:
+    splits = (task.train_split, task.validation_split)
+    if not isinstance(task.source, HubSource):
+        return sources.fingerprint(task.source, splits)
+    content = hashlib.sha256()
+    for split in splits:
+        for batch in _load(task.source, split).data.to_batches():
+            content.update(batch.serialize())
+    return content.hexdigest()
+
+
+def _identity(value: Any) -> str:
+    """What identifies a callable from one process to the next: the source file that defines it, and its settings."""
+    if isinstance(value, partial):
+        return " ".join(map(_identity, (value.func, *value.args, *value.keywords, *value.keywords.values())))
+    if not callable(value):
+        return repr(value)
+    kind = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
+    settings = [] if kind is value else [repr(value)]
+    closure = [_identity(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
+    file = Path(inspect.getfile(kind))
+    # A notebook's cell is no file.
+    code = file.read_bytes() if file.is_file() else inspect.getsource(kind).encode()
+    return " ".join([kind.__module__, kind.__qualname__, hashlib.sha256(code).hexdigest(), *settings, *closure])
+
+
+def _tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """Hash the whole of a fast tokenizer, or the vocabulary of a slow one."""
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # These two only tell how it was last called.
+        content.update(truncation=None, padding=None)
+    else:
+        content = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
+    content["eos"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

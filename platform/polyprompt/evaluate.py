@@ -1,0 +1,65 @@
+"""Scores a model on the validation splits: predictions, then each task's official metrics, then their mean."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from polyprompt.config import RunConfig
+from polyprompt.data import Split, TaskData, collate, length_batches
+from polyprompt.model import PromptedModel
+from polyprompt.tasks import metrics
+from polyprompt.workers import Workers
+
+Scores = Mapping[str, Mapping[str, float]]
+"""task → metric → value, with the task's own "score"."""
+
+
+def mean_score(scores: Scores) -> float:
+    """The benchmark's score: the mean of the tasks' scores."""
+    return sum(values["score"] for values in scores.values()) / len(scores)
+
+
+@torch.inference_mode()
+def evaluate(model: PromptedModel, data: Sequence[TaskData], config: RunConfig, workers: Workers) -> Scores:
+    """Score every task. The batches are the same for any number of workers, which take turns at them."""
+    was_training = model.training
+    model.eval()
+    scores = {task.task.name: _task_scores(model, index, task, config, workers) for index, task in enumerate(data)}
+    model.train(was_training)
+    return scores
+
+
+def _task_scores(
+    model: PromptedModel, index: int, data: TaskData, config: RunConfig, workers: Workers
+) -> dict[str, float]:
+    split = data.validation
+    predicted: dict[int, str] = {}
+    longest_target = int(data.train.target_lengths.max())
+    for rows in workers.mine(length_batches(split.input_lengths, config.evaluate.batch_size)):
+        predicted.update(zip(rows, _predict(model, index, split, rows, config, longest_target), strict=True))
+    everywhere: dict[int, str] = {}
+    for part in workers.gather(predicted):
+        everywhere.update(part)
+    order = range(len(split))
+    return metrics.compute(data.task.metrics, [everywhere[i] for i in order], split.examples(order))
+
+
+def _predict(
+    model: PromptedModel, task: int, split: Split, rows: Sequence[int], config: RunConfig, longest_target: int
+) -> list[str]:
+    """Predict the texts of some rows of one task.
+
+    Rank: the choice with the highest log-likelihood of its whole token sequence, end token included, as in Sanh et al.
+    2022 (T0), section 5.2. Generate: greedy, at most as long as the longest training target.
+    """
+    device = next(model.parameters()).device
+    batch = collate(split.rows(rows), [task] * len(rows), model.backbone.tokenizer.pad_token_id).to(device)
+    examples = split.examples(rows)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        if config.evaluate.mode == "rank" and all(example.choices for example in examples):
+            choices = [split.choice_ids(row) for row in rows]
+            scores = model.score_choices(batch.input_ids_BT, batch.mask_BT, batch.task_B, choices)
+            best = [max(range(len(row)), key=row.__getitem__) for row in scores]
+            return [example.choices[choice] for example, choice in zip(examples, best, strict=True)]
+        ids = model.generate(batch.input_ids_BT, batch.mask_BT, batch.task_B, max_new_tokens=longest_target)
+    return [text.strip() for text in model.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -1,0 +1,129 @@
+"""Prompts for every self-attention layer, made by hypernetworks."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from polyprompt.config import HyperPromptConfig
+from polyprompt.errors import ConfigError
+from polyprompt.methods.base import Dims, KeyValues, Method, ParameterGroup, Prompts, StackDims
+
+#: Standard deviation of the generated keys and values at the start.
+PROMPT_STD = 0.1
+
+
+class HyperPrompt(Method):
+    """A global prompt for each task, turned into keys and values of each layer by bottleneck hypernetworks.
+
+        P_k[m,τ] = U_k[m,τ] · ReLU(D_k[m,τ] · P_τ)        likewise P_v; encoder and decoder have their own of everything
+
+    variant share: D, U for each layer, shared by all tasks. sep: D, U for each layer and task.
+    global: D[m,τ] = W_D · I[m,τ], U[m,τ] = W_U · I[m,τ] with I[m,τ] = MLP(concat(k_τ, z_m)).
+
+    Letters: C = 2 (keys, values), M layers of the stack, E bottleneck = H // reduction, F = N·D, X = t the layer-task
+    embedding, Y = t' the task and layer embeddings, Z = e the MLP's hidden size.
+    Source: He et al. 2022 (arXiv 2203.00759), section 3 (HyperPrompt-Share, -Sep and -Global).
+    Differs: U maps to N·D, which the paper takes to be H (T5-3B and T5-11B differ). No biases anywhere. The paper does
+    not state the start; here D·P has unit variance, and U is scaled so that keys and values start from N(0, 0.1²)
+    whatever the variant and the sizes. Keys near 0 give prompt columns a logit near 0, the least attention mass that
+    random keys can have on average, and values near 0 add nothing: at the start the prompts only shrink a head's
+    output, by the share of its mass that they take. U is not 0, or D and P would get no gradient at the first step.
+    Parameters of a stack (K tasks, P = its prompt length):
+        share  H·P·K + 2·M·E·(H + F)
+        sep    H·P·K + 2·M·K·E·(H + F)
+        global H·P·K + 2·E·t·(H + F) + K·t' + M·t' + (2·t' + t)·e
+    A stack with length 0, or left out by `stacks`, has none; with none at all this is the plain backbone.
+    """
+
+    def __init__(self, config: HyperPromptConfig, dims: Dims) -> None:
+        """Draw the starting values from torch's global stream.
+
+        Raises ConfigError where the bottleneck would be empty or the backbone has no such stack.
+        """
+        super().__init__()
+        if config.reduction > dims.hidden:
+            raise ConfigError(
+                f"method.reduction={config.reduction} must be between 1 and the backbone's hidden size {dims.hidden}: "
+                "the bottleneck is hidden size / reduction and needs at least one unit. Lower method.reduction"
+            )
+        if dims.encoder is None and config.stacks != "decoder":
+            raise ConfigError(
+                f"method.stacks={config.stacks} asks for encoder prompts, but this backbone has no encoder. "
+                "Expected decoder: set method.stacks=decoder"
+            )
+        self.encoder: StackPrompts | None = None
+        self.decoder: StackPrompts | None = None
+        if dims.encoder is not None and config.stacks != "decoder" and config.encoder_length:
+            self.encoder = StackPrompts(config, dims, dims.encoder, config.encoder_length)
+        if config.stacks != "encoder" and config.decoder_length:
+            self.decoder = StackPrompts(config, dims, dims.decoder, config.decoder_length)
+        self.task_aware = self.encoder is not None or self.decoder is not None
+
+    def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
+        # The hypernetworks run once for each task of the batch, not for each row.
+        task_U, row_B = task_B.unique(return_inverse=True)
+        return Prompts(
+            encoder=None if self.encoder is None else self.encoder(task_U, row_B, x_BTH.dtype),
+            decoder=None if self.decoder is None else self.decoder(task_U, row_B, x_BTH.dtype),
+        )
+
+    def group_of(self, parameter: str) -> ParameterGroup:
+        return "prompt" if parameter.endswith("prompt_KPH") else "hypernetwork"
+
+
+class StackPrompts(nn.Module):
+    """The prompts and hypernetworks of one stack. Weights are stacked over layers and tasks, so that a batch that
+    lacks a task gives zero gradients rather than none, as data parallel training needs."""
+
+    def __init__(self, config: HyperPromptConfig, dims: Dims, stack: StackDims, length: int) -> None:
+        super().__init__()
+        self.variant: Literal["share", "sep", "global"] = config.variant
+        self.stack = stack
+        hidden, width = dims.hidden, stack.num_heads * stack.head_dim
+        bottleneck = hidden // config.reduction
+        # D·P has unit variance and ReLU halves the second moment, hence the 2.
+        down_std, up_std = hidden**-0.5, PROMPT_STD * (2 / bottleneck) ** 0.5
+        self.prompt_KPH = nn.Parameter(torch.randn(dims.num_tasks, length, hidden))
+        if config.variant == "global":
+            x, y, z = config.layer_task_embedding_size, config.task_embedding_size, config.mlp_hidden_size
+            self.task_KY = nn.Parameter(torch.randn(dims.num_tasks, y))
+            self.layer_MY = nn.Parameter(torch.randn(stack.num_layers, y))
+            self.mlp_in = nn.Parameter(torch.randn(2 * y, z) / math.sqrt(y))
+            self.mlp_out = nn.Parameter(torch.randn(z, x) / math.sqrt(z))
+            # The MLP keeps unit variance, so a generated D or U has the scale that share and sep start from.
+            self.down_CXHE = nn.Parameter(torch.randn(2, x, hidden, bottleneck) * down_std / math.sqrt(x))
+            self.up_CXEF = nn.Parameter(torch.randn(2, x, bottleneck, width) * up_std / math.sqrt(x))
+        else:
+            owners = 1 if config.variant == "share" else dims.num_tasks
+            self.down_CMGHE = nn.Parameter(torch.randn(2, stack.num_layers, owners, hidden, bottleneck) * down_std)
+            self.up_CMGEF = nn.Parameter(torch.randn(2, stack.num_layers, owners, bottleneck, width) * up_std)
+
+    def forward(self, task_U: Tensor, row_B: Tensor, dtype: torch.dtype) -> KeyValues:
+        """Return keys and values for the rows. task_U: the tasks of the batch; row_B: each row's place among them."""
+        down_CMUHE, up_CMUEF = self._hypernetworks(task_U)
+        hidden_CMUPE = torch.einsum("uph,cmuhe->cmupe", self.prompt_KPH[task_U], down_CMUHE).relu()
+        made_CMUPF = torch.einsum("cmupe,cmuef->cmupf", hidden_CMUPE, up_CMUEF)
+        made_CMUPND = made_CMUPF.unflatten(-1, (self.stack.num_heads, self.stack.head_dim))
+        keys_LUNPD, values_LUNPD = made_CMUPND.transpose(3, 4).to(dtype)
+        return KeyValues(keys_LUNPD.index_select(1, row_B), values_LUNPD.index_select(1, row_B))
+
+    def _hypernetworks(self, task_U: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D [C, M, U, H, E] and U [C, M, U, E, F] for the tasks of the batch."""
+        match self.variant:
+            case "share":
+                size = (-1, -1, len(task_U), -1, -1)
+                return self.down_CMGHE.expand(size), self.up_CMGEF.expand(size)
+            case "sep":
+                return self.down_CMGHE[:, :, task_U], self.up_CMGEF[:, :, task_U]
+            case "global":
+                num_layers, num_tasks = len(self.layer_MY), len(task_U)
+                task_MUY = self.task_KY[task_U].expand(num_layers, -1, -1)
+                layer_MUY = self.layer_MY[:, None].expand(-1, num_tasks, -1)
+                joint_MUX = torch.cat([task_MUY, layer_MUY], dim=-1) @ self.mlp_in
+                joint_MUX = joint_MUX.relu() @ self.mlp_out
+                return (
+                    torch.einsum("mux,cxhe->cmuhe", joint_MUX, self.down_CXHE),
+                    torch.einsum("mux,cxef->cmuef", joint_MUX, self.up_CXEF),
+                )

@@ -1,0 +1,174 @@
+"""PromptedModel: a backbone conditioned by a method. Loss, generation, scoring of choices, and what is trained.
+
+Letters: B rows of a batch, T input tokens, S target tokens, C choices of all rows, K tasks, H hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from polyprompt.backbone import Backbone, Encoded
+from polyprompt.config import RunConfig
+from polyprompt.errors import BundleError, ConfigError
+from polyprompt.methods.base import KeyValues, Method, ParameterGroup, Prompts
+
+#: Label of a target position that has no loss.
+IGNORED = -100
+#: Choices are scored in slices whose logits hold at most this many numbers (512 MiB in fp32).
+MAX_SCORED_LOGITS = 2**27
+
+
+class Loss(NamedTuple):
+    """total: negative log-likelihood in nats, summed over all target tokens of the batch (fp32). nll_B: the same by
+    row, detached. tokens_B: target tokens by row. aux: the method's statistics."""
+
+    total: Tensor
+    nll_B: Tensor
+    tokens_B: Tensor
+    aux: dict[str, Tensor]
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters: those trained, all of the method's own, all of the backbone's."""
+
+    trained: int
+    method: int
+    backbone: int
+
+
+class PromptedModel(nn.Module):
+    """A backbone with a method's prompts. The method: `methods.build(config, backbone.dims(num_tasks), seed=…)`."""
+
+    def __init__(self, backbone: Backbone, method: Method) -> None:
+        """Join the two; a method that starts from the vocabulary is given it here."""
+        super().__init__()
+        self.backbone = backbone
+        self.method = method
+        method.initialise(backbone.ordinary_embeddings())
+
+    def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Loss:
+        """Return the loss of a batch. mask_BT: 1 for real tokens. labels_BS: target ids, -100 for no loss."""
+        encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
+        nll_B = self._nll(labels_BS, encoded, prompts)
+        tokens_B = (labels_BS != IGNORED).sum(dim=1)
+        return Loss(nll_B.sum(), nll_B.detach(), tokens_B, dict(prompts.aux))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor,
+        task_B: Tensor,
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Return ids_BS by greedy or beam search, padded, without the start token. Call in eval mode."""
+        encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
+        return self.backbone.generate(
+            encoded, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, use_cache=use_cache
+        )
+
+    @torch.no_grad()
+    def score_choices(
+        self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor, choices: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """Return the total log-likelihood of every choice of each row. Rows may have different numbers of choices.
+
+        choices: the target ids of each choice of each row, end token included. The encoder runs once for each row.
+        """
+        encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
+        device = input_ids_BT.device
+        row_C = torch.tensor([row for row, own in enumerate(choices) for _ in own], dtype=torch.long, device=device)
+        if not len(row_C):
+            return [[] for _ in choices]
+        targets = [torch.tensor(choice, dtype=torch.long) for own in choices for choice in own]
+        labels_CS = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(device)
+        slice_rows = max(1, MAX_SCORED_LOGITS // (labels_CS.shape[1] * self.backbone.model.config.vocab_size))
+        nll = []
+        for labels, row in zip(labels_CS.split(slice_rows), row_C.split(slice_rows), strict=True):
+            own = Encoded(encoded.hidden_BTH[row], encoded.mask_BT[row])
+            nll += self._nll(labels, own, _decoder_rows(prompts, row)).tolist()
+        scores = iter(nll)
+        return [[-next(scores) for _ in own] for own in choices]
+
+    def named_groups(self) -> dict[ParameterGroup, list[tuple[str, nn.Parameter]]]:
+        """Return the trained parameters by optimizer group, each tied parameter once."""
+        groups: dict[ParameterGroup, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self._trained().items():
+            inner = name.removeprefix("method.")
+            group = self.method.group_of(inner) if inner != name else "backbone"
+            groups.setdefault(group, []).append((name, parameter))
+        return groups
+
+    def num_parameters(self) -> Counts:
+        return Counts(
+            trained=sum(p.numel() for p in self._trained().values()),
+            method=sum(p.numel() for p in self.method.parameters()),
+            backbone=sum(p.numel() for p in self.backbone.parameters()),
+        )
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name ("method.…", "backbone.…"); tensors are shared with the model."""
+        return {name: parameter.detach() for name, parameter in self._trained().items()}
+
+    @torch.no_grad()
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set what training changes. Raises BundleError naming what is missing, unexpected or of another shape."""
+        own = self._trained()
+        faults = [f"missing {name}" for name in own if name not in state]
+        faults += [f"unexpected {name}" for name in state if name not in own]
+        faults += [
+            f"{name} has shape {list(state[name].shape)}, expected {list(parameter.shape)}"
+            for name, parameter in own.items()
+            if name in state and state[name].shape != parameter.shape
+        ]
+        if faults:
+            raise BundleError(
+                f"the saved weights do not fit this model: {len(faults)} faults: {'; '.join(faults[:5])}. "
+                "Use the config and backbone that they were trained with"
+            )
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
+        x_BTH = self.backbone.embed(input_ids_BT)
+        prompts = self.method.prompts(x_BTH, mask_BT, task_B)
+        return self.backbone.encode(x_BTH, mask_BT, prompts), prompts
+
+    def _nll(self, labels_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
+        """Return the summed negative log-likelihood of each row's target."""
+        start_B1 = labels_BS.new_full((len(labels_BS), 1), self.backbone.start_id)
+        # What stands after the end of a target has no influence on it: the decoder is causal.
+        decoder_input_ids_BS = torch.cat([start_B1, labels_BS[:, :-1].clamp(min=0)], dim=1)
+        logits_BSV = self.backbone.decode(decoder_input_ids_BS, encoded, prompts)
+        nll = cross_entropy(
+            logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return nll.view_as(labels_BS).sum(dim=1)
+
+
+def check_lengths(config: RunConfig, backbone: Backbone, method: Method) -> None:
+    """Raise ConfigError where prompt and input together exceed the model's stated limit."""
+    limit = backbone.max_input_tokens
+    total = method.input_length + config.data.max_input_tokens
+    if limit is not None and total > limit:
+        raise ConfigError(
+            f"method.length={method.input_length} prompt tokens + data.max_input_tokens={config.data.max_input_tokens} "
+            f"= {total} exceed the limit of {limit} tokens of backbone.name={config.backbone.name}. "
+            f"Lower data.max_input_tokens to {max(limit - method.input_length, 0)}, or lower method.length"
+        )
+
+
+def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:
+    if prompts.decoder is None:
+        return Prompts()
+    keys, values = prompts.decoder.keys_LBNPD, prompts.decoder.values_LBNPD
+    return Prompts(decoder=KeyValues(keys.index_select(1, row_C), values.index_select(1, row_C)))

@@ -1,0 +1,69 @@
+"""The optimizer, its parameter groups and its learning-rate schedule, from the config."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import Adafactor, get_scheduler
+
+from polyprompt.config import TrainConfig
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "inverse_sqrt": "inverse_sqrt"}
+
+
+class Optim:
+    """An optimizer and its schedule, stepped and saved together."""
+
+    def __init__(self, config: TrainConfig, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]]) -> None:
+        """groups: optimizer group (prompt, router, hypernetwork, backbone) → named parameters. Empty ones are left out.
+
+        Adafactor runs with relative_step and scale_parameter off, as in SMoP's and prompt tuning's published set-ups, so
+        the learning rate means what it says. Weight decay spares biases and layer norms (tensors of one dimension).
+        """
+        self.config = config
+        self.parameters = [parameter for members in groups.values() for _, parameter in members]
+        tables = []
+        for name, members in groups.items():
+            rate = config.group_learning_rates.get(name, config.learning_rate)  # type: ignore[call-overload]
+            for decay, kind in ((config.weight_decay, True), (0.0, False)):
+                parameters = [p for _, p in members if (p.ndim > 1) == kind]
+                if parameters:
+                    tables.append({"params": parameters, "lr": rate, "weight_decay": decay, "group": name})
+        self.optimizer = self._optimizer(tables)
+        self.schedule: LambdaLR = get_scheduler(
+            SCHEDULES[config.lr_scheduler_type],
+            self.optimizer,
+            num_warmup_steps=round(config.warmup_ratio * config.max_steps),
+            num_training_steps=config.max_steps,
+        )
+
+    def _optimizer(self, tables: list[dict[str, Any]]) -> Optimizer:
+        if self.config.optimizer == "adafactor":
+            return Adafactor(tables, scale_parameter=False, relative_step=False, warmup_init=False)
+        return AdamW(tables, betas=(self.config.adam_beta1, self.config.adam_beta2), fused=True)
+
+    def step(self) -> float:
+        """Clip, step the optimizer and the schedule; return the gradient's norm before clipping (fp32, may be inf)."""
+        limit = self.config.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf"))
+        value = float(norm)
+        if value < float("inf"):  # NaN compares false too: the weights stay as they are
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return group → the learning rate of the next step."""
+        return {table["group"]: float(table["lr"]) for table in self.optimizer.param_groups}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "schedule": {"last_epoch": self.schedule.last_epoch}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        self.schedule._last_lr = [table["lr"] for table in self.optimizer.param_groups]

@@ -1,0 +1,107 @@
+"""Everything that is checked before anything expensive starts, and what a run will need."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from polyprompt import backbone as backbones
+from polyprompt import methods
+from polyprompt.config import RunConfig
+from polyprompt.data import TaskData, majority, prepare
+from polyprompt.mixture import Mixture, rates
+from polyprompt.model import PromptedModel, check_lengths
+from polyprompt.tasks import catalog
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run. memory_bytes: part → estimated bytes on one worker. shares: task → share of the mixture."""
+
+    model: PromptedModel
+    data: Sequence[TaskData]
+    num_trained_parameters: int
+    num_method_parameters: int
+    num_backbone_parameters: int
+    memory_bytes: Mapping[str, int]
+    shares: Mapping[str, float]
+    majority: Mapping[str, Mapping[str, float]]
+
+
+def build(config: RunConfig) -> tuple[PromptedModel, Sequence[TaskData]]:
+    """Build the model (CPU, initial weights from the seed) and the tokenised data. The same on every process.
+
+    Raises ConfigError or DataError naming what does not fit. Data that is already in the cache is not read again.
+    """
+    tasks = catalog.resolve(config)
+    backbone = backbones.load(
+        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
+    )
+    method = methods.build(config.method, backbone.dims(len(tasks)), seed=config.train.seed)
+    check_lengths(config, backbone, method)
+    model = PromptedModel(backbone, method)
+    data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=config.data.max_input_tokens)
+    return model, data
+
+
+def plan(config: RunConfig) -> Plan:
+    """Check everything that can be checked without training. Raises ConfigError or DataError."""
+    model, data = build(config)
+    counts = model.num_parameters()
+    sizes = [len(task.train) for task in data]
+    mixture = Mixture(rates(config.mixture, sizes, [task.task.weight for task in data]), sizes, config.train.seed)
+    names = [task.task.name for task in data]
+    return Plan(
+        model=model,
+        data=data,
+        num_trained_parameters=counts.trained,
+        num_method_parameters=counts.method,
+        num_backbone_parameters=counts.backbone,
+        memory_bytes=memory(config, model, data),
+        shares=dict(zip(names, mixture.realised_shares(), strict=True)),
+        majority={task.task.name: majority(task) for task in data},
+    )
+
+
+def memory(config: RunConfig, model: PromptedModel, data: Sequence[TaskData]) -> dict[str, int]:
+    """Estimate the bytes one worker needs while training, by part.
+
+    Activations: 34·tokens·H + 5·N·tokens² bytes a layer in half precision (Korthikanti et al. 2022, "Reducing
+    activation recomputation in large transformer models", eq. 2), twice that in fp32, for the longest micro-batch that
+    the data allow; with gradient checkpointing 2·tokens·H a layer and one whole layer. A coarse upper bound: real batches are
+    shorter than the longest row.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    elements = sum(p.numel() for p in trained)
+    moments = elements * 8 if config.train.optimizer == "adamw" else sum(_adafactor_bytes(p) for p in trained)
+    rows = -(-config.train.batch_size // config.train.num_shards)
+    rows = -(-rows // config.train.gradient_accumulation_steps)
+    length = max(int(task.train.input_lengths.max()) for task in data) + model.method.input_length
+    dims = model.backbone.dims(len(data))
+    half = 0
+    for stack, tokens in (
+        (dims.encoder, length),
+        (dims.decoder, max(int(task.train.target_lengths.max()) for task in data)),
+    ):
+        if stack is not None:
+            layer = 34 * tokens * dims.hidden + 5 * stack.num_heads * tokens**2
+            kept = 2 * tokens * dims.hidden
+            layers = stack.num_layers
+            half += rows * (kept * layers + layer if config.backbone.gradient_checkpointing else layer * layers)
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": moments,
+        "gradient sum": elements * 8 if config.compute.gradient_sum == "exact" else 0,
+        "activations": half * (1 if config.train.precision == "bf16" else 2),
+    }
+
+
+def _adafactor_bytes(parameter: torch.Tensor) -> int:
+    """Factored second moments: one row and one column (Shazeer & Stern 2018, section 3)."""
+    if parameter.ndim < 2:
+        return parameter.numel() * 4
+    *lead, rows, columns = parameter.shape
+    return int(torch.Size(lead).numel()) * (rows + columns) * 4

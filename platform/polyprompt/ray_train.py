@@ -1,0 +1,285 @@
+"""run(RunConfig) → RunResult: checks, starts the workers with Ray Train, survives their deaths, and records the run.
+
+The only file that imports ray.train. How Ray is used and why (each was seen to bite):
+
+- Our own bundles decide where a run goes on. Ray's run name is fresh at every start, so Ray never resumes by itself;
+  what is reported to Ray is a pointer to a bundle.
+- `ray.train.report` is a barrier that takes one poll of the controller: the poll is set from 2 s to 0.1 s.
+- The package travels to the workers as py_modules, so it need not be installed there.
+- An error of ours (bad data, NaN) would be retried by Ray like a lost node; it is returned, not raised, and ends it.
+- Every path is absolute, because Ray changes the workers' working folder.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import polyprompt
+from polyprompt import checkpoint, report, run_folder, tracking
+from polyprompt.config import RunConfig
+from polyprompt.errors import ConfigError, PolypromptError, TrainingError
+from polyprompt.plan import Plan, plan
+from polyprompt.result import RunResult
+from polyprompt.run_folder import RunFolder
+from polyprompt.worker import PROGRESS, Job, Outcome, train
+
+POINTER = "bundle.json"
+
+
+def run(config: RunConfig, *, out: Path | None = None, say: Callable[[str], None] = print) -> RunResult:
+    """Train one model on many tasks and leave a complete record of it.
+
+    out: folder for result.json, tables and plots (None: runs/<name>). say: takes lines for the user.
+    A run that was stopped goes on from its newest bundle; a finished one is returned as it is.
+    Raises ConfigError, DataError, BundleError or TrackingError before training, TrainingError from it.
+    """
+    place = run_folder.choose(config, out)
+    run_folder.check(place, config)
+    if place.result.exists():
+        say(f"Run {place.name} in {place.folder} has finished; this is its result. Another --out starts a new run.")
+        return RunResult.read(place.result)
+    if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
+        raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
+    checked = plan(config)
+    with run_folder.claim(place):
+        return _run(config, place, checked, say)
+
+
+def _run(config: RunConfig, place: RunFolder, checked: Plan, say: Callable[[str], None]) -> RunResult:
+    newest = checkpoint.newest_whole(place.bundles)
+    if newest is not None:
+        checkpoint.read(newest, backbone=checked.model.backbone.identity())
+        say(f"Run {place.name} goes on from {newest}")
+    handle = _open_tracking(config, place, checked)
+    place.write_record(config, handle.run_id if handle else "")
+    (place.out / "config.yaml").write_text(config.to_yaml())
+    status = "FAILED"
+    try:
+        job = Job(config=config, folder=place.folder, handle=handle)
+        with _progress(place, config.train.max_steps):
+            outcome = _train_with_ray(job) if config.compute.num_workers else _train_here(job)
+        result = _result(config, place, checked, outcome, handle)
+        _leave(result, place, handle)
+        status = "FINISHED"
+        return result
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if handle is not None:
+            tracking.finish(handle, status)
+
+
+def _train_here(job: Job) -> Outcome:
+    device = torch.device("cuda" if job.config.compute.use_gpu else "cpu")
+    return train(job, device, announce=lambda metrics, bundle: None)
+
+
+def _train_with_ray(job: Job) -> Outcome:
+    # Imported here because importing Ray Train takes seconds that an in-process run need not pay.
+    compute = job.config.compute
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    from ray.exceptions import RayError
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
+    if compute.use_gpu:
+        resources["GPU"] = compute.gpus_per_worker
+    # NCCL refuses two ranks on one GPU.
+    backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
+    storage = job.folder / "ray"
+    with _cluster(compute.num_workers * compute.cpus_per_worker):
+        trainer = TorchTrainer(
+            _on_worker,
+            train_loop_config={"job": job},
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=compute.num_workers, use_gpu=compute.use_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=uuid.uuid4().hex,
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=5),
+                logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            ),
+        )
+        try:
+            answer = trainer.fit().return_value  # type: ignore[attr-defined]
+        except (TrainingFailedError, RayError) as error:
+            raise TrainingError(
+                f"the workers failed {compute.max_failures + 1} times, at last with: {_cause(error)}. Bundles in "
+                f"{job.bundles} are kept: mend the cause and start the same command again to go on"
+            ) from error
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)  # pointers only
+    if isinstance(answer, PolypromptError):
+        raise answer
+    assert isinstance(answer, Outcome)
+    return answer
+
+
+def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
+    """One Ray Train worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    def announce(metrics: Mapping[str, float], bundle: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / POINTER).write_text(json.dumps({"bundle": str(bundle)}))
+            pointer = ray.train.Checkpoint.from_directory(folder)
+            first = ray.train.get_context().get_world_rank() == 0
+            ray.train.report(dict(metrics), checkpoint=pointer if first else None)
+
+    try:
+        return train(settings["job"], get_device(), announce)
+    except PolypromptError as error:
+        return error
+
+
+@contextmanager
+def _cluster(num_cpus: int) -> Iterator[None]:
+    """Join the cluster of $RAY_ADDRESS, or the one this process is in, or start one on this machine and end it."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    package = Path(polyprompt.__file__).parent
+    environment: dict[str, Any] = {}
+    if "site-packages" not in package.parts:
+        environment["py_modules"] = [str(package)]
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env=environment, log_to_driver=True)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,  # nothing of ours passes through it
+            runtime_env=environment,
+            logging_level="WARNING",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of an error, which Ray fills with the workers' tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _progress(place: RunFolder, max_steps: int) -> Iterator[None]:
+    """Show the progress that the first worker, wherever it runs, leaves in the run folder."""
+    file, done = place.folder / PROGRESS, threading.Event()
+    file.unlink(missing_ok=True)
+
+    def follow(bar: report.Progress) -> None:
+        shown = None
+        while True:
+            ending = done.wait(0.25)
+            if file.exists():
+                seen = json.loads(file.read_text())
+                if seen != shown:
+                    bar.update(seen["step"], seen["loss"], seen["examples_per_second"])
+                shown = seen
+            if ending:
+                return
+
+    with report.Progress(max_steps) as bar:
+        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            file.unlink(missing_ok=True)
+
+
+def _open_tracking(config: RunConfig, place: RunFolder, checked: Plan) -> tracking.RunHandle | None:
+    if not config.tracking.enabled:
+        return None
+    identity = checked.model.backbone.identity()
+    return tracking.open_run(
+        config,
+        name=place.name,
+        tags={
+            "backbone_sha256": identity["sha256"],
+            "git_commit": checkpoint.git_commit(),
+            "num_trained_parameters": str(checked.num_trained_parameters),
+        },
+        datasets=[
+            tracking.DataInput(
+                name=task.task.name,
+                context="train" if split is task.train else "validation",
+                digest=task.digest,
+                num_examples=len(split),
+                source=task.task.source,
+                split=task.task.train_split if split is task.train else task.task.validation_split,
+            )
+            for task in checked.data
+            for split in (task.train, task.validation)
+        ],
+        run_id=place.record().get("run_id") or None,
+    )
+
+
+def _result(
+    config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: tracking.RunHandle | None
+) -> RunResult:
+    state = outcome.state
+    best = next(e for e in state.evaluations if e["step"] == state.best_step)
+    rows = sum(state.examples_seen.values())
+    return RunResult(
+        run_id=handle.run_id if handle else "",
+        name=place.name,
+        method=config.method.name,
+        backbone=config.backbone.name,
+        num_trained_parameters=checked.num_trained_parameters,
+        num_method_parameters=checked.num_method_parameters,
+        num_backbone_parameters=checked.num_backbone_parameters,
+        num_steps=state.step,
+        num_workers=config.compute.num_workers,
+        train_seconds=state.train_seconds,
+        examples_per_second=rows / state.train_seconds,
+        tokens_per_second=state.input_tokens / state.train_seconds,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        examples_seen=dict(state.examples_seen),
+        sequence=state.sequence,
+        loss_curve=state.loss_curve,
+        eval=best["tasks"],
+        majority={task: values["score"] for task, values in checked.majority.items()},
+        best_task_steps={task: int(step) for task, (step, _) in state.best_tasks.items()},
+        mean=best["mean"],
+        best_step=state.best_step,
+        bundle=str(place.bundles / checkpoint.folder_name(state.best_step)),
+        last_bundle=str(outcome.last_bundle),
+        stopped_early=state.stopped_early,
+        evaluations=state.evaluations,
+    )
+
+
+def _leave(result: RunResult, place: RunFolder, handle: tracking.RunHandle | None) -> None:
+    """Write what a person looks at, in the output folder and in MLflow; result.json last, for it means finished."""
+    files = [place.out / "config.yaml", place.out / "per_task.csv", *report.plots(result, place.out)]
+    report.per_task_csv(result, place.out / "per_task.csv")
+    for folder in {place.out, place.folder}:
+        result.write(folder / run_folder.RESULT)
+    if handle is not None:
+        tracking.log_artifacts(handle, [*files, place.out / run_folder.RESULT])

@@ -1,0 +1,57 @@
+"""The tasks that ship by name, and how a config's task list becomes tasks."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from polyprompt.config import RunConfig, TaskConfig
+from polyprompt.errors import ConfigError, DataError, hint
+from polyprompt.tasks import embedded
+from polyprompt.tasks.custom import task_of
+from polyprompt.tasks.extras import EXTRAS
+from polyprompt.tasks.glue import GLUE
+from polyprompt.tasks.records import FileSource, Task
+from polyprompt.tasks.super_glue import SUPER_GLUE
+
+CATALOGUE: Mapping[str, Task] = {task.name: task for task in (*GLUE, *SUPER_GLUE, *EXTRAS)}
+
+
+def resolve(config: RunConfig) -> tuple[Task, ...]:
+    """Return the config's tasks, in its order.
+
+    With `data.root`, catalogue tasks are read from its folders; generated and user tasks keep their own source.
+    Raises ConfigError for an unknown name (with the nearest known ones), DataError for a missing folder or file.
+    """
+    return tuple(_task(entry, config.data.root) for entry in config.tasks)
+
+
+def _task(entry: str | TaskConfig, root: Path | None) -> Task:
+    if isinstance(entry, TaskConfig):
+        return task_of(entry)
+    known = known_tasks()
+    if entry not in known:
+        raise ConfigError(f"tasks: unknown task {entry!r}; known: {', '.join(known)}.{hint(entry, known)}")
+    task = known[entry]
+    return replace(task, source=_files(task, root)) if root is not None and entry in CATALOGUE else task
+
+
+def known_tasks() -> Mapping[str, Task]:
+    """Return every task that has a name: the generated suite and the catalogue."""
+    return {**embedded.tasks(), **CATALOGUE}
+
+
+def _files(task: Task, root: Path) -> FileSource:
+    """The task's files in `root`: <last part of its name>/<split>.jsonl."""
+    root = root.expanduser().absolute()
+    expected = f"data.root must hold <task>/{task.train_split}.jsonl and <task>/{task.validation_split}.jsonl"
+    if not root.is_dir():
+        raise DataError(f"data.root: folder {root} does not exist; {expected}")
+    folder = root / task.name.rpartition("/")[2]
+    if not folder.is_dir():
+        near = hint(folder.name, [p.name for p in root.iterdir() if p.is_dir()])
+        raise DataError(f"{task.name}: folder {folder} does not exist; {expected}.{near}")
+    files = {split: folder / f"{split}.jsonl" for split in dict.fromkeys((task.train_split, task.validation_split))}
+    for path in files.values():
+        if not path.is_file():
+            raise DataError(f"{task.name}: file {path} does not exist; {expected}")
+    return FileSource(files)

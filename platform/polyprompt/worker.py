@@ -1,0 +1,191 @@
+"""One training process: builds the model and data, finds the newest bundle, trains, and keeps what it earned.
+
+The same code runs in-process and as a Ray Train worker; `announce` is how it tells whoever started it of a bundle.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyprompt import checkpoint
+from polyprompt.batches import Batches
+from polyprompt.config import RunConfig
+from polyprompt.data import TaskData
+from polyprompt.errors import PolypromptError
+from polyprompt.evaluate import evaluate
+from polyprompt.loop import TrainState, fit
+from polyprompt.model import PromptedModel
+from polyprompt.optim import Optim
+from polyprompt.plan import build
+from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Tracker, Trackers
+from polyprompt.tracking import RunHandle
+from polyprompt.workers import Workers
+
+PROGRESS, METRICS = "progress.json", "metrics.jsonl"
+FLUSH_SECONDS = 10.0
+Start = tuple[PromptedModel, Sequence[TaskData], Optim, Mapping[str, Any], TrainState, list[Any]]
+Announce = Callable[[Mapping[str, float], Path], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to train: nothing in it is heavier than text, so it travels anywhere."""
+
+    config: RunConfig
+    folder: Path
+    handle: RunHandle | None
+
+    @property
+    def bundles(self) -> Path:
+        return self.folder / "bundles"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished process knows that the result needs."""
+
+    state: TrainState
+    num_workers: int
+    peak_memory_bytes: int
+    last_bundle: Path
+
+
+class RunReporter:
+    """Writes bundles and metrics of the first process; on the others only takes part in the announcement."""
+
+    def __init__(
+        self, job: Job, workers: Workers, tracker: Tracker, backbone: Mapping[str, Any], announce: Announce
+    ) -> None:
+        self.job = job
+        self.workers = workers
+        self.tracker = tracker
+        self.flushed_at = time.monotonic()
+        self.backbone = backbone
+        self.announce = announce
+
+    def progress(self, step: int, loss: float, examples_per_second: float) -> None:
+        if self.workers.first:
+            draft = self.job.folder / f".{PROGRESS}.tmp"
+            draft.write_text(json.dumps({"step": step, "loss": loss, "examples_per_second": examples_per_second}))
+            os.replace(draft, self.job.folder / PROGRESS)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.tracker.log(step, values)
+        if time.monotonic() - self.flushed_at > FLUSH_SECONDS:
+            self._flush()
+
+    def save(self, state: TrainState, model: PromptedModel, optim: Optim) -> None:
+        folder = self.job.bundles / checkpoint.folder_name(state.step)
+        if self.workers.first:
+            self._flush()
+            checkpoint.write(
+                self.job.bundles,
+                step=state.step,
+                tensors=model.trained_state(),
+                optimizer=optim.state_dict(),
+                state={"train": state.to_json(), "pending": self.tracker.pending()},
+                config=self.job.config,
+                backbone=self.backbone,
+            )
+            checkpoint.prune(self.job.bundles, state.kept_steps, self.job.config.train.save_total_limit)
+        self.announce({"step": state.step, "loss": state.loss_curve[-1][1] if state.loss_curve else 0.0}, folder)
+
+    def _flush(self) -> None:
+        self.tracker.flush()
+        self.flushed_at = time.monotonic()
+
+    def last_good(self) -> str:
+        found = checkpoint.newest_whole(self.job.bundles)
+        return str(found) if found else "none yet"
+
+
+def train(job: Job, device: torch.device, announce: Announce) -> Outcome:
+    """Train to the end, from the newest whole bundle if there is one. All processes return the same state.
+
+    announce: called on all processes with metrics and the folder of each new bundle.
+    """
+    config = job.config
+    torch.set_num_threads(config.compute.cpus_per_worker)
+    workers = Workers(config.train.num_shards, config.compute.gradient_sum)
+    # A fault of one process (its disk, its cache) must end them all, or the others would wait for it for ever.
+    start, error = None, None
+    try:
+        start = _start(job, device)
+    except PolypromptError as found:
+        error = found
+    for fault in workers.gather(error):
+        if fault is not None:
+            raise fault
+    assert start is not None
+    model, data, optim, identity, state, pending = start
+    with _tracker(job, workers, state.step, pending) as tracker:
+        fit(
+            model,
+            Batches(data, config, model.backbone.tokenizer.pad_token_id, workers.shards),
+            optim,
+            tasks=[task.task.name for task in data],
+            config=config,
+            workers=workers,
+            evaluate=lambda: evaluate(model, data, config, workers),
+            reporter=RunReporter(job, workers, tracker, identity, announce),
+            state=state,
+        )
+    return Outcome(
+        state=state,
+        num_workers=config.compute.num_workers,
+        peak_memory_bytes=max(workers.gather(_peak_memory())),
+        last_bundle=job.bundles / checkpoint.folder_name(state.step),
+    )
+
+
+def _start(job: Job, device: torch.device) -> Start:
+    """Build everything and put it where the newest whole bundle says."""
+    model, data = build(job.config)
+    identity = model.backbone.identity()  # of the weights before any training
+    model.to(device)
+    optim = Optim(job.config.train, model.named_groups())
+    newest = checkpoint.newest_whole(job.bundles)
+    if newest is None:
+        return model, data, optim, identity, TrainState(), []
+    bundle = checkpoint.read(newest, backbone=identity)
+    model.load_trained_state(dict(bundle.tensors))
+    optim.load_state_dict(bundle.optimizer())
+    state = TrainState.from_json(bundle.state["train"])
+    return model, data, optim, identity, state, bundle.state["pending"]
+
+
+@contextmanager
+def _tracker(job: Job, workers: Workers, resumed_step: int, pending: Sequence[Mapping[str, Any]]) -> Iterator[Tracker]:
+    """The first process's metrics go to metrics.jsonl and MLflow; the others' nowhere, for they are the same."""
+    interval = job.config.tracking.system_metrics_interval_seconds
+    with ExitStack() as stack:
+        if not workers.first:
+            yield Trackers()
+            return
+        jsonl = JsonlTracker(job.folder / METRICS, resumed_step=resumed_step)
+        stack.callback(jsonl.close)
+        if job.handle is None:
+            yield jsonl
+            return
+        mlflow = MlflowTracker(job.handle, pending=pending, run_folder=job.folder)
+        stack.callback(mlflow.close)
+        if interval is not None:
+            stack.enter_context(SystemMetrics(mlflow, node="rank0", interval_seconds=interval))
+        yield Trackers(jsonl, mlflow)
+
+
+def _peak_memory() -> int:
+    """Peak bytes of this process: CUDA's where it is used, else the resident set."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

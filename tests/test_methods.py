@@ -1,0 +1,576 @@
+"""The contract that every method passes (docs/methods.md), then parity of each with its paper's formula."""
+
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from polyprompt import methods
+from polyprompt.config import (
+    FullConfig,
+    HyperPromptConfig,
+    MethodConfig,
+    PromptTuningConfig,
+    SMoPConfig,
+    check,
+)
+from polyprompt.errors import ConfigError
+from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
+from polyprompt.methods.hyperprompt import StackPrompts
+from polyprompt.methods.smop import SMoP
+from polyprompt.model import PromptedModel
+from torch import Tensor
+
+HYPER = {
+    "encoder_length": 3,
+    "decoder_length": 2,
+    "reduction": 4,
+    "layer_task_embedding_size": 5,
+    "task_embedding_size": 6,
+    "mlp_hidden_size": 7,
+}
+CONFIGS: dict[str, MethodConfig] = {
+    "full": FullConfig(),
+    "prompt_tuning": PromptTuningConfig(length=4),
+    "prompt_tuning shared": PromptTuningConfig(length=4, per_task=False),
+    "prompt_tuning normal": PromptTuningConfig(length=4, init="normal"),
+    "smop": SMoPConfig(length=3),
+    "smop top-2": SMoPConfig(length=3, top_k=2, num_prompts=5),
+    "smop per task": SMoPConfig(length=3, router="per_task"),
+    "hyperprompt share": HyperPromptConfig(variant="share", **HYPER),
+    "hyperprompt sep": HyperPromptConfig(variant="sep", **HYPER),
+    "hyperprompt global": HyperPromptConfig(variant="global", **HYPER),
+    "hyperprompt encoder": HyperPromptConfig(variant="global", stacks="encoder", **HYPER),
+    "hyperprompt decoder": HyperPromptConfig(variant="share", stacks="decoder", **HYPER),
+}
+ZERO: dict[str, MethodConfig] = {
+    "full": FullConfig(),
+    "prompt_tuning": PromptTuningConfig(length=0),
+    "smop": SMoPConfig(length=0),
+    "hyperprompt": HyperPromptConfig(encoder_length=0, decoder_length=0),
+    "hyperprompt encoder": HyperPromptConfig(stacks="encoder", encoder_length=0),
+}
+WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
+every_method = pytest.mark.parametrize("name", CONFIGS)
+prompting = pytest.mark.parametrize("name", [n for n in CONFIGS if n != "full"])
+
+
+def strong(name: str, **keys: Any) -> PromptedModel:
+    """A tiny model whose prompts are large enough that a mistake shows."""
+    model = tiny.model(CONFIGS[name], **keys)
+    with torch.no_grad():
+        for parameter, weight in model.method.named_parameters():
+            if "up_" in parameter:
+                weight.mul_(10)
+    return model
+
+
+def tensors(prompts: Prompts) -> dict[str, Tensor]:
+    """Everything a method hands over, rows first."""
+    found = {} if prompts.inputs_BPH is None else {"inputs": prompts.inputs_BPH}
+    for stack in ("encoder", "decoder"):
+        made = getattr(prompts, stack)
+        if made is not None:
+            found |= {f"{stack} keys": made.keys_LBNPD.transpose(0, 1), f"{stack} values": made.values_LBNPD.transpose(0, 1)}
+    return found
+
+
+def prompts_of(model: PromptedModel, *, task: Tensor | None = None) -> dict[str, Tensor]:
+    input_ids, mask, _, task_B = tiny.batch()
+    return tensors(model.method.prompts(model.backbone.embed(input_ids), mask, task_B if task is None else task))
+
+
+@every_method
+def test_shapes_are_as_declared(name: str) -> None:
+    config = CONFIGS[name]
+    expected: dict[str, tuple[int, ...]] = {}
+    if isinstance(config, PromptTuningConfig | SMoPConfig):
+        expected["inputs"] = (6, config.length, 16)
+    if isinstance(config, HyperPromptConfig):
+        if config.stacks != "decoder":
+            expected |= dict.fromkeys(("encoder keys", "encoder values"), (6, 3, 3, 3, 4))
+        if config.stacks != "encoder":
+            expected |= dict.fromkeys(("decoder keys", "decoder values"), (6, 2, 3, 2, 4))
+    model = tiny.model(config)
+    assert {k: tuple(v.shape) for k, v in prompts_of(model).items()} == expected
+    assert model.method.input_length == (expected["inputs"][1] if "inputs" in expected else 0)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_follows_the_input(name: str, dtype: torch.dtype) -> None:
+    model = tiny.model(CONFIGS[name])
+    input_ids, mask, _, task = tiny.batch()
+    made = model.method.prompts(model.backbone.embed(input_ids).to(dtype), mask, task)
+    assert all(t.dtype == dtype for t in tensors(made).values())
+    assert all(p.dtype == torch.float32 for p in model.method.parameters())
+
+
+@every_method
+@torch.no_grad()
+def test_eval_is_deterministic(name: str) -> None:
+    model = strong(name)
+    assert torch.equal(model(*tiny.batch()).nll_B, model(*tiny.batch()).nll_B)
+
+
+@every_method
+@torch.no_grad()
+def test_rows_are_independent_of_batch_mates(name: str) -> None:
+    model, batch = strong(name), tiny.batch()
+    whole = model(*batch).nll_B
+    order = torch.tensor([4, 2, 0])
+    torch.testing.assert_close(model(*tiny.rows(batch, order)).nll_B, whole[order], atol=1e-5, rtol=1e-5)
+    for row in range(6):
+        torch.testing.assert_close(model(*tiny.rows(batch, [row])).nll_B, whole[row : row + 1], atol=1e-5, rtol=1e-5)
+
+
+@every_method
+@torch.no_grad()
+def test_rows_are_independent_of_padding(name: str) -> None:
+    model, (input_ids, mask, labels, task) = strong(name), tiny.batch()
+    # The padded ids are real words: only the mask may tell.
+    wide_ids = torch.cat([input_ids, torch.full((6, 5), 17)], dim=1)
+    wide_mask = torch.cat([mask, torch.zeros(6, 5, dtype=torch.long)], dim=1)
+    wide_labels = torch.cat([labels, torch.full((6, 2), -100)], dim=1)
+    wide = model(wide_ids, wide_mask, wide_labels, task)
+    narrow = model(input_ids, mask, labels, task)
+    torch.testing.assert_close(wide.nll_B, narrow.nll_B, atol=1e-5, rtol=1e-5)
+    assert torch.equal(wide.tokens_B, narrow.tokens_B)
+
+
+@every_method
+@torch.no_grad()
+def test_task_ids_matter_exactly_when_the_method_is_task_aware(name: str) -> None:
+    model, (input_ids, mask, labels, task) = strong(name), tiny.batch()
+    same, moved = (model(input_ids, mask, labels, t).nll_B for t in (task, (task + 1) % tiny.NUM_TASKS))
+    assert torch.equal(same, moved) != model.method.task_aware
+    assert (same != moved).all() == model.method.task_aware
+
+
+@every_method
+@pytest.mark.parametrize("train", [True, False])
+def test_gradient_reaches_every_declared_parameter_and_no_other(name: str, train: bool) -> None:
+    model = strong(name, train=train)
+    if not train and name == "full":
+        pytest.skip("nothing is trained")
+    model(*tiny.batch(12)).total.backward()
+    for parameter, weight in model.named_parameters():
+        if parameter.startswith("method.") or train:
+            assert weight.grad is not None, parameter
+            assert weight.grad.any(), parameter
+        else:
+            assert weight.grad is None, parameter
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("hyperprompt", "prompt_tuning"))])
+def test_every_prompt_row_of_every_task_gets_gradient_at_the_first_step(name: str) -> None:
+    model = tiny.model(CONFIGS[name], train=False)
+    model(*tiny.batch(12)).total.backward()
+    for parameter, weight in model.method.named_parameters():
+        assert weight.grad is not None
+        # D's columns behind a closed ReLU have none; every layer, task and prompt row has some.
+        leading = weight.grad.flatten(2 if weight.ndim == 3 else -2) if weight.ndim >= 3 else weight.grad
+        assert leading.any(dim=-1).all(), parameter
+
+
+@every_method
+def test_a_batch_without_a_task_gives_zero_gradients_not_none(name: str) -> None:
+    model = tiny.model(CONFIGS[name])
+    input_ids, mask, labels, task = tiny.batch()
+    model(input_ids, mask, labels, torch.zeros_like(task)).total.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@every_method
+@pytest.mark.parametrize("train", [True, False])
+def test_one_step_moves_declared_parameters_only(name: str, train: bool) -> None:
+    model = strong(name, train=train)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trained = [p for group in model.named_groups().values() for _, p in group]
+    if not trained:
+        pytest.skip("nothing is trained")
+    model(*tiny.batch(12)).total.backward()
+    torch.optim.SGD(trained, lr=0.1).step()
+    names = set(model.trained_state())
+    assert names == {k for k, p in model.named_parameters() if k.startswith("method.") or train}
+    for key, value in model.state_dict().items():
+        # Tied entries of the state dict have no parameter name of their own.
+        if key in names:
+            assert not torch.equal(value, before[key]), key
+        elif not train:
+            assert torch.equal(value, before[key]), key
+
+
+@every_method
+def test_parameter_count_equals_the_formula(name: str) -> None:
+    config = CONFIGS[name]
+    for dims in (WIDE, tiny.load().dims(tiny.NUM_TASKS)):
+        built = methods.build(config, dims, seed=0)
+        assert sum(p.numel() for p in built.parameters()) == methods.expected_parameters(config, dims)
+
+
+@every_method
+def test_seed_decides_the_start_and_the_global_stream_is_untouched(name: str) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    states = [tiny.model(CONFIGS[name], seed=seed).method.state_dict() for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert all(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+@every_method
+@torch.no_grad()
+def test_state_round_trip_gives_identical_predictions(name: str) -> None:
+    model, other = strong(name, seed=1), tiny.model(CONFIGS[name], seed=2)
+    model.backbone.model.shared.weight.add_(0.1)
+    other.load_trained_state({k: v.clone() for k, v in model.trained_state().items()})
+    assert torch.equal(model(*tiny.batch()).nll_B, other(*tiny.batch()).nll_B)
+
+
+@every_method
+def test_method_pickles(name: str) -> None:
+    model = tiny.model(CONFIGS[name])
+    copy = pickle.loads(pickle.dumps(model.method))
+    expected = prompts_of(model)
+    model.method = copy
+    assert all(torch.equal(t, expected[k]) for k, t in prompts_of(model).items())
+
+
+@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_length_0_is_the_plain_backbone_bit_for_bit(name: str, attention: str) -> None:
+    model = tiny.model(ZERO[name], attention=attention)
+    plain = tiny.model(FullConfig(), attention=attention)
+    input_ids, mask, labels, task = tiny.batch()
+    assert torch.equal(model(*tiny.batch()).nll_B, plain(*tiny.batch()).nll_B)
+    reference = tiny.plain(attention=attention)
+    labels = labels.clone()
+    loss = reference(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(model(input_ids, mask, labels, task).total / (labels != -100).sum(), loss)
+    assert methods.expected_parameters(ZERO[name], WIDE) == 0 == sum(p.numel() for p in model.method.parameters())
+    assert not model.method.task_aware
+
+
+def choices(num_rows: int) -> list[list[list[int]]]:
+    return [[[5 + i, 1], [9, 10 + i, 11, 1], [7, 1]][: 1 + i % 3] for i in range(num_rows)]
+
+
+@every_method
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_a_mixed_batch_equals_its_single_task_batches(name: str, family: str) -> None:
+    model, batch = strong(name, family=family), tiny.batch()
+    input_ids, mask, _, task = batch
+    mixed = {beams: model.generate(input_ids, mask, task, max_new_tokens=6, num_beams=beams) for beams in (1, 3)}
+    with torch.no_grad():
+        nll = model(*batch).nll_B
+    scores = model.score_choices(input_ids, mask, task, choices(6))
+    for single in range(tiny.NUM_TASKS):
+        which = (task == single).nonzero().flatten()
+        ids, own_mask, _, own_task = own = tiny.rows(batch, which)
+        with torch.no_grad():
+            torch.testing.assert_close(model(*own).nll_B, nll[which], atol=1e-5, rtol=1e-5)
+        for beams, expected in mixed.items():
+            made = model.generate(ids, own_mask, own_task, max_new_tokens=6, num_beams=beams)
+            torch.testing.assert_close(made, expected[which, : made.shape[1]])
+            assert not expected[which, made.shape[1] :].any()
+        own_scores = model.score_choices(ids, own_mask, own_task, [choices(6)[i] for i in which])
+        for row, expected_scores in zip(own_scores, [scores[i] for i in which], strict=True):
+            assert row == pytest.approx(expected_scores, abs=1e-5, rel=1e-5)
+
+
+@every_method
+def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+    def step(checkpointing: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model = strong(name, gradient_checkpointing=checkpointing).train()
+        torch.manual_seed(0)
+        loss = model(*tiny.batch()).total
+        loss.backward()
+        return loss, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+    (loss, grads), (expected_loss, expected_grads) = step(True), step(False)
+    assert torch.equal(loss, expected_loss)
+    assert grads.keys() == expected_grads.keys()
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[key], atol=1e-5, rtol=1e-4)
+
+
+@every_method
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_cached_generation_equals_uncached(name: str, num_beams: int) -> None:
+    model, (input_ids, mask, _, task) = strong(name), tiny.batch()
+    cached, slow = (
+        model.generate(input_ids, mask, task, max_new_tokens=8, num_beams=num_beams, use_cache=c) for c in (True, False)
+    )
+    assert torch.equal(cached, slow)
+
+
+@every_method
+@torch.no_grad()
+def test_bf16_is_close_to_fp32(name: str) -> None:
+    exact = tiny.model(CONFIGS[name])(*tiny.batch()).total
+    stored = tiny.model(CONFIGS[name], train=False, precision="bf16")(*tiny.batch()).total
+    with torch.autocast("cpu", torch.bfloat16):
+        computed = tiny.model(CONFIGS[name], train=True, precision="bf16")(*tiny.batch()).total
+    for loss in (stored, computed):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, exact, rtol=0.03, atol=0)
+
+
+@prompting
+@torch.no_grad()
+def test_prompts_change_the_output(name: str) -> None:
+    changed = strong(name)(*tiny.batch()).nll_B != tiny.model(FullConfig())(*tiny.batch()).nll_B
+    assert changed.all()
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "value", "allowed"),
+    [
+        ({"name": "prompt_tuning", "length": -1}, "method.length", "-1", "greater than or equal to 0"),
+        ({"name": "smop", "num_prompts": 2, "top_k": 3}, "method.top_k", "3", "at most method.num_prompts=2"),
+        ({"name": "smop", "num_prompts": 0}, "method.num_prompts", "0", "greater than 0"),
+        ({"name": "smop", "num_prompts": 25}, "method.num_prompts", "25", "between 1 and"),
+        ({"name": "smop", "gate": "sum"}, "method.gate", "sum", "'probability' or 'batch_sum'"),
+        ({"name": "hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
+        ({"name": "hyperprompt", "stacks": "all"}, "method.stacks", "all", "'both', 'encoder' or 'decoder'"),
+    ],
+)
+def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, value: str, allowed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        methods.build(check({"method": table, "tasks": ["a/b"]}).method, WIDE, seed=0)
+    message = str(caught.value)
+    assert field in message
+    assert value in message
+    assert allowed in message
+
+
+def test_encoder_prompts_need_an_encoder() -> None:
+    dims = Dims(hidden=24, encoder=None, decoder=StackDims(2, 5, 8), num_tasks=2)
+    with pytest.raises(ConfigError, match=r"method.stacks=both.*method.stacks=decoder"):
+        methods.build(HyperPromptConfig(reduction=4), dims, seed=0)
+    built = methods.build(HyperPromptConfig(reduction=4, stacks="decoder"), dims, seed=0)
+    assert sum(p.numel() for p in built.parameters()) == methods.expected_parameters(
+        HyperPromptConfig(reduction=4, stacks="decoder"), dims
+    )
+
+
+# Prompt tuning
+
+
+@torch.no_grad()
+def test_prompt_tuning_is_the_concatenation_of_embeddings() -> None:
+    model, (input_ids, mask, labels, task) = strong("prompt_tuning"), tiny.batch()
+    plain = tiny.plain()
+    for row in range(6):
+        prompt = model.method.get_parameter("prompt_GPH")[task[row]]
+        words = input_ids[row, mask[row] == 1]
+        target = labels[row, labels[row] != -100]
+        x = torch.cat([prompt, plain.shared(words)])
+        expected = plain(inputs_embeds=x[None], labels=target[None]).loss * len(target)
+        nll = model(*tiny.rows(tiny.batch(), [row])).nll_B[0]
+        torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_vocabulary_start_takes_different_ordinary_pieces_for_each_task() -> None:
+    model = tiny.model(PromptTuningConfig(length=20))
+    embedding = model.backbone.model.shared.weight
+    prompt_GPH = model.method.get_parameter("prompt_GPH")
+    pieces = [[(embedding == vector).all(dim=1).nonzero().item() for vector in prompt] for prompt in prompt_GPH]
+    assert all(len(set(own)) == 20 and 3 <= min(own) and max(own) < 60 for own in pieces)
+    assert pieces[0] != pieces[1]
+    longer = tiny.model(PromptTuningConfig(length=70)).method.get_parameter("prompt_GPH")
+    assert torch.equal(longer[:, :13], longer[:, 57:])
+
+
+# SMoP
+
+
+def slow_smop(model: PromptedModel, row: int, top_k: int, per_task: bool) -> Tensor:
+    """[Σ over the top_k of p_j·P_j] of one row, straight from the formula."""
+    input_ids, mask, _, task = tiny.batch()
+    embedding = model.backbone.model.shared.weight
+    words = [embedding[i] for i, real in zip(input_ids[row], mask[row], strict=True) if real]
+    mean = sum(words[1:], words[0]) / len(words)
+    router_HR = model.method.get_parameter("router_GHR")[task[row] if per_task else 0]
+    weights = torch.stack([(mean @ router_HR[:, j]).exp() for j in range(router_HR.shape[1])])
+    p = weights / weights.sum()
+    best = sorted(range(len(p)), key=lambda j: -p[j].item())[:top_k]
+    prompts = [p[j] * model.method.get_parameter("prompts_RPH")[j] for j in best]
+    return sum(prompts[1:], prompts[0])
+
+
+@pytest.mark.parametrize("name", ["smop", "smop top-2", "smop per task"])
+@torch.no_grad()
+def test_smop_is_the_formula(name: str) -> None:
+    model = tiny.model(CONFIGS[name])
+    made = prompts_of(model)["inputs"]
+    for row in range(6):
+        expected = slow_smop(model, row, 2 if "2" in name else 1, "task" in name)
+        torch.testing.assert_close(made[row], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_smop_perturbs_in_training_only_and_only_if_asked() -> None:
+    def differs(config: SMoPConfig) -> bool:
+        model = tiny.model(config, dropout=0.0).train()
+        return not torch.equal(prompts_of(model)["inputs"], prompts_of(model)["inputs"])
+
+    assert differs(SMoPConfig(length=3))
+    assert not differs(SMoPConfig(length=3, perturbation=False))
+    perturbed, clean = tiny.model(SMoPConfig(length=3)), tiny.model(SMoPConfig(length=3, perturbation=False))
+    assert torch.equal(prompts_of(perturbed)["inputs"], prompts_of(clean)["inputs"])
+
+
+@torch.no_grad()
+def test_smop_perturbation_multiplies_the_logits() -> None:
+    model, (input_ids, mask, _, task) = tiny.model(SMoPConfig(length=3)), tiny.batch()
+    assert isinstance(model.method, SMoP)
+    x = model.backbone.embed(input_ids)
+    clean = model.method._probability(x, mask, task)
+    model.method.train()
+    torch.manual_seed(11)
+    noisy = model.method._probability(x, mask, task)
+    torch.manual_seed(11)
+    factor = 1 + torch.randn(6, 4)
+    # log p is the logit up to a constant of the row; that constant is taken out with the router's own logits.
+    mean = (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    logits = mean @ model.method.router_GHR[0]
+    torch.testing.assert_close(clean, logits.softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(noisy, (logits * factor).softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_smop_reports_routing_and_trains_the_chosen_prompts_only() -> None:
+    model = tiny.model(CONFIGS["smop"], train=False)
+    loss = model(*tiny.batch())
+    loss.total.backward()
+    probability, choice = loss.aux["router/probability"], loss.aux["router/choice"]
+    assert not probability.requires_grad
+    torch.testing.assert_close(probability.sum(dim=1), torch.ones(6))
+    assert torch.equal(choice, probability.argmax(dim=1))
+    grad = model.method.get_parameter("prompts_RPH").grad
+    assert grad is not None
+    assert {j for j in range(4) if grad[j].any()} == set(choice.tolist())
+    assert len(set(choice.tolist())) > 1
+
+
+@torch.no_grad()
+def test_smop_router_starts_orthogonal() -> None:
+    for router_HR in tiny.model(CONFIGS["smop per task"]).method.get_parameter("router_GHR"):
+        torch.testing.assert_close(router_HR.T @ router_HR, torch.eye(4), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_smop_batch_sum_multiplies_with_the_prompts_chosen_in_the_batch() -> None:
+    paper, oddity = tiny.model(SMoPConfig(length=3)), tiny.model(SMoPConfig(length=3, gate="batch_sum"))
+    input_ids, mask, _, task = tiny.batch()
+    made = paper.method.prompts(paper.backbone.embed(input_ids), mask, task)
+    p, choice = made.aux["router/probability"], made.aux["router/choice"]
+    total = sum(paper.method.get_parameter("prompts_RPH")[c] for c in choice)
+    expected = torch.stack([p[row, choice[row]] * total for row in range(6)])
+    torch.testing.assert_close(prompts_of(oddity)["inputs"], expected, atol=1e-5, rtol=1e-5)
+    batch = tiny.batch()
+    assert not torch.allclose(oddity(*batch).nll_B[:1], oddity(*tiny.rows(batch, [0])).nll_B)
+
+
+# HyperPrompt
+
+
+def slow_hyperprompt(made: StackPrompts, c: int, layer: int, task: int, i: int) -> Tensor:
+    """Keys (c = 0) or values (c = 1) of prompt token i for one layer and task: U·ReLU(D·P), by loops."""
+    if made.variant == "global":
+        joined = torch.cat([made.task_KY[task], made.layer_MY[layer]])
+        hidden = torch.stack([(joined * column).sum().clamp(min=0) for column in made.mlp_in.T])
+        joint = torch.stack([(hidden * column).sum() for column in made.mlp_out.T])
+        down = sum((joint[x] * made.down_CXHE[c, x] for x in range(1, len(joint))), joint[0] * made.down_CXHE[c, 0])
+        up = sum((joint[x] * made.up_CXEF[c, x] for x in range(1, len(joint))), joint[0] * made.up_CXEF[c, 0])
+    else:
+        owner = task if made.variant == "sep" else 0
+        down, up = made.down_CMGHE[c, layer, owner], made.up_CMGEF[c, layer, owner]
+    prompt = made.prompt_KPH[task, i]
+    squeezed = torch.stack([(prompt * down[:, e]).sum().clamp(min=0) for e in range(down.shape[1])])
+    return torch.stack([(squeezed * up[:, f]).sum() for f in range(up.shape[1])]).view(3, 4)
+
+
+@pytest.mark.parametrize("variant", ["share", "sep", "global"])
+@torch.no_grad()
+def test_hyperprompt_is_the_formula(variant: str) -> None:
+    model = strong(f"hyperprompt {variant}")
+    _, _, _, task = tiny.batch()
+    made = prompts_of(model)
+    for stack, num_layers, length in (("encoder", 3, 3), ("decoder", 2, 2)):
+        module = getattr(model.method, stack)
+        for c, layer, row, i in itertools.product(range(2), range(num_layers), (0, 1, 5), range(length)):
+            got = made[f"{stack} {'values' if c else 'keys'}"][row, layer, :, i]
+            expected = slow_hyperprompt(module, c, layer, int(task[row]), i)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["share", "sep", "global"])
+def test_hyperprompt_starts_close_to_the_plain_backbone(variant: str) -> None:
+    config = HyperPromptConfig(variant=variant, reduction=2)  # the default lengths, 16 and 6, beside 9 and 4 tokens
+    dims = Dims(hidden=64, encoder=StackDims(4, 4, 16), decoder=StackDims(4, 4, 16), num_tasks=8)
+    built = methods.build(config, dims, seed=0)
+    made = built.prompts(torch.zeros(8, 1, 64), torch.ones(8, 1), torch.arange(8))
+    for tensor in tensors(made).values():
+        assert 0.05 < tensor.std().item() < 0.2
+    with torch.no_grad():
+        loss, plain = tiny.model(config)(*tiny.batch()).total, tiny.model(FullConfig())(*tiny.batch()).total
+    torch.testing.assert_close(loss, plain, rtol=0.05, atol=0)
+
+
+@torch.no_grad()
+def test_hyperprompt_values_near_zero_only_shrink_a_head() -> None:
+    """Zero keys and values take exp(0) of mass each and give nothing: output · Z / (Z + P)."""
+    model = tiny.model(FullConfig())
+    module = model.backbone.model.encoder.block[0].layer[0].SelfAttention
+    x_BTH = torch.randn(1, 5, 16)
+    q, k = (getattr(module, name)(x_BTH).view(5, 3, 4).transpose(0, 1) for name in "qk")
+    mass_NT = (q @ k.transpose(1, 2) + module.compute_bias(5, 5)[0]).exp().sum(-1)
+    zeros = torch.zeros(3, 1, 3, 4, 4)
+    o, module.o = module.o, torch.nn.Identity()
+    plain, shrunk = (module(x_BTH, prompts=p)[0] for p in (None, Prompts(encoder=KeyValues(zeros, zeros))))
+    module.o = o
+    factor_TN = (mass_NT / (mass_NT + 4)).T
+    expected = plain.view(5, 3, 4) * factor_TN[:, :, None]
+    torch.testing.assert_close(shrunk.view(5, 3, 4), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hyperprompt_runs_its_hypernetworks_once_for_each_task_of_the_batch() -> None:
+    model = tiny.model(CONFIGS["hyperprompt sep"])
+    seen: list[int] = []
+    assert isinstance(model.method.encoder, StackPrompts)
+    model.method.encoder.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    model(*tiny.batch(12))
+    input_ids, mask, labels, task = tiny.batch(12)
+    model(input_ids, mask, labels, task % 2)
+    assert seen == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("size", "variant", "both", "ratio"),
+    [
+        ("base", "share", True, 1.0085),
+        ("base", "sep", True, 1.064),
+        ("base", "global", True, 1.043),
+        ("base", "global", False, 1.021),
+        ("large", "share", True, 1.0088),
+        ("large", "sep", True, 1.068),
+        ("large", "global", True, 1.023),
+    ],
+)
+def test_hyperprompt_sizes_beside_t5(size: str, variant: str, both: bool, ratio: float) -> None:
+    """Eight tasks, lengths 16 and 6, t' = e = t = 64, reduction 32."""
+    backbone, hidden, layers, heads = {"base": (222.9e6, 768, 12, 12), "large": (737.7e6, 1024, 24, 16)}[size]
+    stack = StackDims(layers, heads, 64)
+    config = HyperPromptConfig(variant=variant, stacks="both" if both else "encoder")
+    added = methods.expected_parameters(config, Dims(hidden, stack, stack, num_tasks=8))
+    assert 1 + added / backbone == pytest.approx(ratio, abs=6e-4)
+
+
+def test_smop_count_of_the_paper() -> None:
+    stack = StackDims(12, 12, 64)
+    assert methods.expected_parameters(SMoPConfig(), Dims(768, stack, stack, num_tasks=1)) == 18_432

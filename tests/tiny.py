@@ -1,0 +1,101 @@
+"""Tiny random backbones in temporary folders, and batches for them. N·D = 12 differs from H = 16 on purpose."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from polyprompt import backbone, methods
+from polyprompt.config import BackboneConfig, MethodConfig
+from polyprompt.model import PromptedModel
+
+VOCABULARY = 64
+NUM_TASKS = 3
+LIMIT = 40
+CLASSES = {
+    "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration, {"n_positions": LIMIT}),
+    "t5_v1_1": (
+        transformers.T5Config,
+        transformers.T5ForConditionalGeneration,
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration, {}),
+    "umt5": (transformers.UMT5Config, transformers.UMT5ForConditionalGeneration, {}),
+}
+FAMILIES = tuple(CLASSES)
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="polyprompt_tiny_")
+
+
+@functools.cache
+def folder(family: str = "t5") -> Path:
+    """Return a folder with a random model of the family and a word-level tokenizer, as `save_pretrained` leaves them."""
+    config_class, model_class, extra = CLASSES[family]
+    config = config_class(
+        vocab_size=VOCABULARY, d_model=16, d_kv=4, num_heads=3, d_ff=32, num_layers=3, num_decoder_layers=2,
+        decoder_start_token_id=0, dropout_rate=0.1, **extra,
+    )  # fmt: skip
+    path = Path(_root().name) / family
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = model_class(config)
+        if family == "t5_v1_1":
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 16))
+        # A bias of 0.25 would hide mistakes in the bias behind rounding.
+        for name, weight in model.named_parameters():
+            if "relative_attention_bias" in name:
+                weight.data.normal_()
+    model.save_pretrained(path)
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 60)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+    )  # fmt: skip
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def plain(family: str = "t5", attention: str = "sdpa") -> Any:
+    """Return transformers' own model of the folder, untouched by polyprompt."""
+    _, model_class, _ = CLASSES[family]
+    return model_class.from_pretrained(folder(family), attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def load(family: str = "t5", *, train: bool = True, precision: Any = "fp32", **keys: Any) -> backbone.Backbone:
+    return backbone.load(BackboneConfig(name=str(folder(family)), **keys), train=train, precision=precision, seed=0)
+
+
+def model(
+    config: MethodConfig, family: str = "t5", *, train: bool = True, precision: Any = "fp32", seed: int = 0, **keys: Any
+) -> PromptedModel:
+    """Return a prompted model in eval mode with NUM_TASKS tasks."""
+    loaded = load(family, train=train, precision=precision, **keys)
+    return PromptedModel(loaded, methods.build(config, loaded.dims(NUM_TASKS), seed=seed)).eval()
+
+
+def batch(num_rows: int = 6, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return input_ids_BT, mask_BT, labels_BS, task_B: rows of different length, every task in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, 60, (num_rows, 9), generator=generator)
+    labels = torch.randint(3, 60, (num_rows, 4), generator=generator)
+    mask = torch.ones_like(input_ids)
+    for row in range(num_rows):
+        mask[row, 9 - row % 5 :] = 0
+        end = 3 - row % 3
+        labels[row, end] = 1
+        labels[row, end + 1 :] = -100
+    input_ids[mask == 0] = 0
+    return input_ids, mask, labels, torch.arange(num_rows) % NUM_TASKS
+
+
+def rows(tensors: tuple[Tensor, ...], which: Any) -> tuple[Tensor, ...]:
+    return tuple(t[which] for t in tensors)
