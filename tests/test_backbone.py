@@ -9,11 +9,12 @@ import pytest
 import tiny
 import torch
 import transformers
+from torch import Tensor
+
 from polyprompt import backbone
 from polyprompt.config import BackboneConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import KeyValues, Prompts
-from torch import Tensor
 
 ATTENTION = ("sdpa", "eager")
 
@@ -86,9 +87,7 @@ def test_prompted_attention_is_the_formula(family: str, attention: str, stack: s
     owner = module if family == "umt5" else whole_stack.block[0].layer[0].SelfAttention
     bias_NTT = owner.compute_bias(5, 5)[0]
     for row in range(2):
-        expected = slow_attention(
-            module, seen["x"][row], made.keys_LBNPD[1, row], made.values_LBNPD[1, row], bias_NTT
-        )
+        expected = slow_attention(module, seen["x"][row], made.keys_LBNPD[1, row], made.values_LBNPD[1, row], bias_NTT)
         torch.testing.assert_close(seen["out"][row], expected, atol=1e-5, rtol=1e-5)
 
 

@@ -280,7 +280,7 @@ CUSTOM: dict[str, Any] = {
 ROW = {"text": "Who won?", "meta": {"author": "Ann"}, "label": 1}
 
 
-@pytest.fixture()
+@pytest.fixture
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("train.jsonl", "dev.jsonl"):
@@ -367,7 +367,7 @@ def test_a_row_that_does_not_fit_its_template(in_folder: Path, row: dict[str, An
 
 def test_a_target_outside_the_choices(in_folder: Path) -> None:
     task = custom(labels=None)
-    with pytest.raises(DataError, match="target 'sprot' is not among the choices world, sport. Did you mean 'sport'"):
+    with pytest.raises(DataError, match=r"target 'sprot' is not among the choices world, sport. Did you mean 'sport'"):
         list(task.examples({**ROW, "label": "sprot"}, "train"))
 
 

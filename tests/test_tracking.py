@@ -5,12 +5,14 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ import mlflow.data
 import pytest
 from mlflow import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
+
 from polyprompt import trackers, tracking
 from polyprompt.config import RunConfig, TrackingConfig, check
 from polyprompt.errors import TrackingError
-from polyprompt.tasks.records import FileSource, GeneratedSource, HubSource, Row
+from polyprompt.tasks.records import FileSource, GeneratedSource, HubSource, Row, Source
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Trackers
 from polyprompt.tracking import DataInput, RunHandle, finish, log_artifacts, mask, open_run, resend, resolve_uri, slug
 
@@ -47,11 +50,11 @@ def store(tmp_path: Path, migrated_db: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def config(**tables: Mapping[str, Any]) -> RunConfig:
+def config(**tables: Any) -> RunConfig:
     return check({"tasks": ["embedded/nli"], "method": {"name": "smop"}, **tables})
 
 
-def opened(run_id: str | None = None, **tables: Mapping[str, Any]) -> RunHandle:
+def opened(run_id: str | None = None, **tables: Any) -> RunHandle:
     return open_run(config(**tables), name="trial", tags={"num_trained_parameters": "12"}, run_id=run_id)
 
 
@@ -89,19 +92,9 @@ def test_store_in_memory_is_refused(uri: str, store: Path) -> None:
 
 
 NAMES = [
-    *(
-        "train/loss",
-        "eval/super_glue/rte/macro_f1",
-        "router/glue/cola/p 0",
-        "x@y",
-        "ä",
-        "ö",
-        "a//b",
-        "/a",
-        "../a",
-        "a/./b",
-    ),
-    *("a/", ".", "..", "", "a:b", "n" * 300, "n" * 301, "a/../b", "...", "日本/score"),
+    *("train/loss", "eval/super_glue/rte/macro_f1", "router/glue/cola/p 0"),
+    *("x@y", "ä", "ö", "a//b", "/a", "../a", "a/./b", "a/", ".", "..", "", "a:b"),
+    *("n" * 300, "n" * 301, "a/../b", "...", "日本/score"),
 ]
 
 
@@ -128,7 +121,7 @@ def test_passwords_are_hidden() -> None:
 
 def test_run_is_opened_with_params_tags_and_data(store: Path) -> None:
     long = [f"group/task_{i:04d}" for i in range(600)]
-    sources = {
+    sources: dict[str, Source] = {
         "hub": HubSource("nyu-mll/glue", "rte", "main"),
         "file": FileSource({"train": store / "a.jsonl"}),
         "code": GeneratedSource(no_rows, "3"),
@@ -158,7 +151,7 @@ def test_run_is_opened_with_params_tags_and_data(store: Path) -> None:
     assert set(inputs) == {("x/hub", "train"), ("x/file", "train"), ("x/code", "train"), ("x/hub", "validation")}
     assert inputs["x/hub", "train"].dataset.digest == ("hub" + "9" * 60)[:36]
     assert mlflow.data.get_source(inputs["x/hub", "validation"]).to_dict()["split"] == "validation"
-    assert mlflow.data.get_source(inputs["x/file", "train"]).uri == str(store / "a.jsonl")
+    assert mlflow.data.get_source(inputs["x/file", "train"]).to_dict() == {"uri": str(store / "a.jsonl")}
     assert mlflow.data.get_source(inputs["x/code", "train"]).to_dict()["tags"]["version"] == "3"
 
 
@@ -211,9 +204,7 @@ def test_unknown_and_deleted_runs_and_experiments(store: Path) -> None:
 
 def test_server_that_is_not_there_is_named_at_once(store: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(
-        TrackingError, match=r"http://\*\*\*@127.0.0.1:9 cannot be used.*tracking.enabled=false"
-    ) as raised:
+    with pytest.raises(TrackingError, match=r"http://\*\*\*@127.0.0.1:9 cannot be used.*enabled=false") as raised:
         opened(tracking={"uri": "http://me:secret@127.0.0.1:9"})
     assert time.monotonic() - began < 10
     assert "secret" not in str(raised.value)
@@ -222,12 +213,21 @@ def test_server_that_is_not_there_is_named_at_once(store: Path) -> None:
 
 
 def test_old_store_is_refused_not_migrated(store: Path) -> None:
-    import sqlite3
-
     with sqlite3.connect(store / "mlflow.db") as db:
         db.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
     with pytest.raises(TrackingError, match="out-of-date database schema"):
         opened()
+    with sqlite3.connect(store / "mlflow.db") as db:
+        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [("451aebb31d03",)]
+
+
+def test_creation_that_was_killed_half_way_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / ".mlflow.db.new").write_bytes(b"half")
+    (tmp_path / "mlflow.db").touch()
+    assert run_of(opened()).info.status == "RUNNING"
+    assert not (tmp_path / ".mlflow.db.new").exists()
 
 
 @pytest.mark.slow
@@ -245,8 +245,9 @@ def test_three_drivers_start_at_once_on_a_fresh_store(tmp_path: Path) -> None:
     outputs = [driver.communicate(timeout=240) for driver in drivers]
     assert [d.returncode for d in drivers] == [0, 0, 0], outputs
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = client.get_experiment_by_name("polyprompt")
-    found = {run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    experiments = [e.experiment_id for e in client.search_experiments(filter_string="name = 'polyprompt'")]
+    found = {run.info.run_id for run in client.search_runs(experiments)}
+    assert len(experiments) == 1
     assert found == {out.strip() for out, _ in outputs}
     assert len(found) == 3
 
@@ -476,8 +477,6 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         assert process.poll() is None, (folder / "server.log").read_text()
         yield process
     finally:
-        import signal
-
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         log.close()
@@ -487,6 +486,11 @@ def answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def flushed(tracker: MlflowTracker) -> bool:
+    tracker.flush()
+    return not any(row["key"] == "train/loss" for row in tracker.pending())
 
 
 def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
@@ -516,7 +520,7 @@ def test_server_is_killed_and_started_again(store: Path, caplog: pytest.LogCaptu
         assert finish(handle, "FAILED") is False
         with server(store, port):
             tracker.log(4, {"train/loss": 4.0})
-            eventually(lambda: (tracker.flush(), len(tracker.pending()) < 10)[1])
+            eventually(lambda: flushed(tracker))
             (store / "result.json").write_text("{}")
             assert log_artifacts(handle, store / "result.json")
             tracker.close()

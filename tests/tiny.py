@@ -1,5 +1,6 @@
 """Tiny random backbones in temporary folders, and batches for them. N·D = 12 differs from H = 16 on purpose."""
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -38,7 +39,7 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def folder(family: str = "t5") -> Path:
-    """Return a folder with a random model of the family and a word-level tokenizer, as `save_pretrained` leaves them."""
+    """Return a folder with a random model of the family and a word-level tokenizer, both from `save_pretrained`."""
     config_class, model_class, extra = CLASSES[family]
     config = config_class(
         vocab_size=VOCABULARY, d_model=16, d_kv=4, num_heads=3, d_ff=32, num_layers=3, num_decoder_layers=2,
@@ -70,8 +71,15 @@ def plain(family: str = "t5", attention: str = "sdpa") -> Any:
     return model_class.from_pretrained(folder(family), attn_implementation=attention, dtype=torch.float32).eval()
 
 
+@functools.cache
+def _loaded(family: str, train: bool, precision: Any, keys: tuple[tuple[str, Any], ...]) -> backbone.Backbone:
+    config = BackboneConfig(name=str(folder(family)), **dict(keys))
+    return backbone.load(config, train=train, precision=precision, seed=0)
+
+
 def load(family: str = "t5", *, train: bool = True, precision: Any = "fp32", **keys: Any) -> backbone.Backbone:
-    return backbone.load(BackboneConfig(name=str(folder(family)), **keys), train=train, precision=precision, seed=0)
+    """Return a fresh copy of the tiny backbone; the keys are those of BackboneConfig."""
+    return copy.deepcopy(_loaded(family, train, precision, tuple(sorted(keys.items()))))
 
 
 def model(

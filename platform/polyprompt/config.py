@@ -186,7 +186,7 @@ class DataConfig(Section):
     root: AbsolutePath | None = None
     max_input_tokens: PositiveInt = 512
     max_target_tokens: PositiveInt = 32
-    #: Use only the first rows of each split (None: all). A limit is for trying things out, never for results.
+    #: Use only the first examples of each split (None: all). A limit is for trying things out, never for results.
     max_train_examples: PositiveInt | None = None
     max_validation_examples: PositiveInt | None = None
     #: Tokenised data is kept here. None: $XDG_CACHE_HOME/polyprompt or ~/.cache/polyprompt.

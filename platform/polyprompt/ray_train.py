@@ -227,8 +227,8 @@ def _open_tracking(config: RunConfig, place: RunFolder, checked: Plan) -> tracki
         datasets=[
             tracking.DataInput(
                 name=task.task.name,
-                context="train" if split is task.train else "validation",
-                digest=task.digest,
+                context=split.name,
+                digest=f"{task.digest}-{split.name}",  # MLflow takes equal name and digest for one data set
                 num_examples=len(split),
                 source=task.task.source,
                 split=task.task.train_split if split is task.train else task.task.validation_split,

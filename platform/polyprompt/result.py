@@ -21,9 +21,10 @@ Scores = dict[str, dict[str, float]]
 class RunResult:
     """The result of one training run. Numbers are made plain Python numbers on construction.
 
-    run_id: MLflow's run id, or "" when tracking is off. eval, mean: of the last evaluation. majority: the score of
-    always answering the commonest target, for tasks that have one. best_task_steps: the step of each task's best bundle.
-    bundle: folder of the best bundle by mean; last_bundle: of the newest. loss_curve: [step, loss] pairs.
+    run_id: MLflow's run id, or "" when tracking is off. eval, mean: of `best_step`, the best evaluation by mean,
+    whose bundle is the folder `bundle`; last_bundle: the newest. best_task_steps: the step of each task's best bundle.
+    majority: the score of always giving the commonest answer, for tasks that have one. loss_curve: [step, loss] pairs.
+    sequence: hash of the (task, example) pairs of all steps; equal means the same data in the same order.
     evaluations: {"step", "mean", "tasks": task → metric → value} of each evaluation, in order.
     Raises TypeError for a value that is no plain number, text, list or table, naming the field.
     """
@@ -44,13 +45,13 @@ class RunResult:
     tokens_per_second: float
     peak_memory_bytes: int
     examples_seen: dict[str, int]
-    loss_curve: list[list[float]]
+    sequence: str
+    loss_curve: list[list[int | float]]
     eval: Scores
     majority: dict[str, float]
     best_task_steps: dict[str, int]
     mean: float
     best_step: int
-    best_mean: float
     bundle: str
     last_bundle: str
     stopped_early: bool

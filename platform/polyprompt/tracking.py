@@ -14,6 +14,7 @@ import math
 import os
 import posixpath
 import re
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ def open_run(
     """Create the run, or open run_id again, and return its handle. Creates and migrates a new sqlite store.
 
     params: logged beside `config.flat()`. A run that is opened again must have the same data and the same params, but
-    for those that do not shape its result: MLflow's params cannot change, so one that did becomes the tag changed.<key>.
+    for those that do not shape its result: MLflow's params cannot change, so a changed one becomes a tag changed.<key>.
     Raises TrackingError when the store cannot be used within seconds, or the run is another one.
     """
     uri, experiment = resolve_uri(config.tracking), resolve_experiment(config.tracking)
@@ -124,8 +125,9 @@ def open_run(
     }
     if "git_commit" in tags:
         tags["mlflow.source.git.commit"] = tags["git_commit"].removesuffix("-dirty")
-    with _store_errors(uri), _creating(uri), patience(retries=1, timeout_seconds=10):
-        client = _client(uri, create=True)
+    with _store_errors(uri), patience(retries=1, timeout_seconds=5):
+        _make_store(uri)
+        client = _client(uri)
         if run_id is None:
             return _create(client, uri, experiment, name, tags, texts, datasets)
         return _reopen(client, uri, run_id, tags, texts, datasets)
@@ -349,8 +351,9 @@ def _mlflow_source(source: Source, split: str) -> tuple[str, dict[str, Any]]:
             return "hugging_face", {**where, "split": source.splits[split], "data_dir": None, "data_files": None}
         case FileSource():
             return "local", {"uri": str(source.files[split])}
+    generator = getattr(source.rows, "func", source.rows)  # a partial names its function
     return "code", {
-        "tags": {"generator": f"{source.rows.__module__}.{source.rows.__qualname__}", "version": source.version}
+        "tags": {"generator": f"{generator.__module__}.{generator.__qualname__}", "version": source.version}
     }
 
 
@@ -367,21 +370,25 @@ def _param(value: str) -> str:
     return value[: MAX_PARAM_CHARACTERS - len(ending)] + ending
 
 
-@contextlib.contextmanager
-def _creating(uri: str) -> Iterator[None]:
-    """Hold a sqlite store for one process: two that create or migrate it at once break it for good."""
+def _make_store(uri: str) -> None:
+    """Create the tables of a new sqlite store, aside and in one process: half-made or made by two, it stays broken."""
     file = _sqlite_file(uri)
-    if file is None:
-        yield
+    if file is None or _is_made(file):
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT_SECONDS), _quiet("mlflow.store.db.utils", "alembic"):
-            yield
+            if not _is_made(file):
+                aside = file.with_name(f".{file.name}.new")
+                aside.unlink(missing_ok=True)
+                _client(f"sqlite:///{aside}", create=True)
+                os.replace(aside, file)
     except Timeout:
-        raise TrackingError(
-            f"{file}.lock is held by another process for {LOCK_TIMEOUT_SECONDS:.0f} s; end it"
-        ) from None
+        raise TrackingError(f"{file}.lock stays locked by another process; end that one") from None
+
+
+def _is_made(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
 
 
 @contextlib.contextmanager
@@ -392,9 +399,8 @@ def _store_errors(uri: str) -> Iterator[None]:
     except TrackingError:
         raise
     except Exception as error:
-        mend = (
-            "Start the server, set MLFLOW_TRACKING_URI to a store that works, or train without: tracking.enabled=false"
-        )
+        own = "Move the file away to start a new one" if _sqlite_file(uri) else "Start the server"
+        mend = f"{own}, set MLFLOW_TRACKING_URI to a store that works, or train without one: tracking.enabled=false"
         raise TrackingError(f"tracking store {mask(uri)} cannot be used: {reason(error)}. {mend}") from None
 
 
@@ -436,7 +442,7 @@ def _tolerant(handle: RunHandle, what: str, act: Callable[[], None], *, timeout_
 
 def reason(error: Exception) -> str:
     """Return the first line of an error, without passwords."""
-    return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:400]
+    return textwrap.shorten(mask(f"{type(error).__name__}: {error}".splitlines()[0]), 240, placeholder=" …")
 
 
 def _sqlite_file(uri: str) -> Path | None:

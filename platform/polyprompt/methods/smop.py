@@ -19,8 +19,8 @@ class SMoP(Method):
     Source: Choi et al. 2023 (EMNLP main 884), section 2. Orthogonal router and N(0, 1) prompts as in the authors' code.
     Differs: `top_k` > 1 is Σ p_j·P_j over the top_k prompts with p as it is, not renormalised, so that top_k = 1 is the
     paper's formula; `router: per_task` gives every task its own router over the shared prompts (the paper trains one
-    task at a time). ε is a constant factor to the gradient too; the authors' code adds ε times the detached logit, which
-    has the same value but lets the gradient pass with factor 1.
+    task at a time). ε is a constant factor to the gradient too; the authors' code adds ε times the detached logit,
+    which has the same value but lets the gradient pass with factor 1.
     `gate: batch_sum` is what the authors' code computes at top-1 through a broadcast: p_c times the SUM of the prompts
     chosen by all rows of the batch. A row then depends on its batch-mates; it is there to measure the difference.
     Parameters: R·P·H + G·H·R. Prompts of length 0 have neither prompts nor router: the plain backbone.

@@ -4,7 +4,6 @@ import math
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from polyprompt.config import TaskConfig
@@ -123,13 +122,14 @@ def _check_metrics(config: TaskConfig, choices: tuple[str, ...]) -> None:
 
 def _source(config: TaskConfig) -> Source:
     where = f"tasks: {config.name}"
-    splits: dict[str, Any] = {**(config.hub.splits if config.hub else config.files or {})}
+    given = config.hub.splits if config.hub else config.files or {}
     for split in ("train", "validation"):
-        if split not in splits:
+        if split not in given:
             raise ConfigError(f"{where}: the {split} split is not given; both train and validation are needed")
     if config.hub:
-        return HubSource(config.hub.path, config.hub.config, config.hub.revision, dict(splits))
-    files = {split: Path(path).expanduser().absolute() for split, path in splits.items()}
+        splits = {str(split): name for split, name in config.hub.splits.items()}
+        return HubSource(config.hub.path, config.hub.config, config.hub.revision, splits)
+    files = {str(split): path.expanduser().absolute() for split, path in (config.files or {}).items()}
     for path in files.values():
         if not path.is_file():
             near = hint(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""

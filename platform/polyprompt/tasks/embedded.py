@@ -31,15 +31,14 @@ def _sentiment(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
     """The main clause decides, and a negation turns its adjective around."""
 
     def clause(noun: str, praise: bool) -> str:
-        negated = rng.random() < 0.4
+        negated = rng.random() < 0.35
         adjective = rng.choice(words.PRAISE if praise != negated else words.BLAME)
         return f"the {noun} was {rng.choice(words.NEGATIONS if negated else words.DEGREES)} {adjective}"
 
-    nouns = half(words.THINGS, held_out)
-    main_noun, side_noun = _two(rng, nouns)
-    main, side = clause(main_noun, label == 1), clause(side_noun, label == 0)
-    forms = (f"{side} but {main}", f"although {side} {main}", f"{main} although {side}", main)
-    return {"sentence": rng.choice(forms), "label": label}
+    main_noun, side_noun = _two(rng, half(words.THINGS, held_out))
+    form = rng.choice(("{main}", "{main} and {side}", "{side} but {main}", "although {side} {main}"))
+    side = clause(side_noun, (label == 1) == (" and " in form))
+    return {"sentence": form.format(main=clause(main_noun, label == 1), side=side), "label": label}
 
 
 def _acceptability(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
@@ -85,32 +84,26 @@ def _nli(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
 
 def _paraphrase(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
     """Active and passive, and synonyms; what differs is who did it to whom, or one word."""
-    people = half(words.PEOPLE, held_out)
-    agent, patient, third = rng.sample(people, 3)
+    agent, patient, third = rng.sample(half(words.PEOPLE, held_out), 3)
     pair, other_pair = rng.sample(words.SYNONYMS, 2)
-    day, other_day = _two(rng, words.DAYS)
 
-    def say(who: str, verb: str, whom: str, when: str) -> str:
-        if rng.random() < 0.5:
-            return f"the {who} {verb} the {whom} {when}"
-        return f"the {whom} was {verb} by the {who} {when}"
+    def say(who: str, verb: str, whom: str) -> str:
+        return f"the {who} {verb} the {whom}" if rng.random() < 0.5 else f"the {whom} was {verb} by the {who}"
 
-    first = say(agent, rng.choice(pair), patient, day)
+    first = say(agent, rng.choice(pair), patient)
     if label == 0:
-        match rng.choice(("roles", "roles", "who", "verb", "day")):
+        match rng.choice(("roles", "roles", "roles", "who", "verb")):
             case "roles":
                 agent, patient = patient, agent
             case "who":
                 agent, patient = rng.choice(((third, patient), (agent, third)))
             case "verb":
                 pair = other_pair
-            case "day":
-                day = other_day
-    return {"sentence1": first, "sentence2": say(agent, rng.choice(pair), patient, day), "label": label}
+    return {"sentence1": first, "sentence2": say(agent, rng.choice(pair), patient), "label": label}
 
 
 SLOT_WEIGHTS = (1.2, 0.9, 0.6, 1.3, 1.0)
-"""What each shared slot of a similarity pair adds: name, action, colour, thing, place. They sum to 5."""
+"""What each shared slot of a similarity pair adds: name, action, colour, thing, city. They sum to 5."""
 
 
 def _similarity(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
@@ -120,7 +113,7 @@ def _similarity(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
         words.ACTIONS,
         words.COLOURS,
         half(words.THINGS, not held_out),
-        half(words.PLACES, held_out),
+        half(words.CITIES, held_out),
     )
     first, second, score = [], [], 0.0
     for place, (choices, weight) in enumerate(zip(slots, SLOT_WEIGHTS, strict=True)):
@@ -130,57 +123,50 @@ def _similarity(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
         second.append(word if shared else other)
         score += weight * shared
 
-    def say(name: str, action: str, colour: str, thing: str, place: str) -> str:
-        return f"{name} {action} the {colour} {thing} in the {place}"
+    def say(name: str, action: str, colour: str, thing: str, city: str) -> str:
+        return f"{name} {action} the {colour} {thing} in {city}"
 
     return {"sentence1": say(*first), "sentence2": say(*second), "label": round(score, 3)}
 
 
+def _company(rng: Random, word: str, near: str) -> str:
+    return rng.choice((f"the {word} and the {near}", f"the {near} by the {word}"))
+
+
 def _wic(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
-    """Do both sentences use the word in the sense that their topics give it?"""
+    """Do both sentences use the word in the sense that the company it keeps gives it?"""
     word = rng.choice(sorted(words.AMBIGUOUS))
-    topics = words.AMBIGUOUS[word]
-    topic1 = rng.randrange(2)
-    topic2 = topic1 if label else 1 - topic1
-    names = half(words.NAMES, not held_out)
-
-    def say(topic: str) -> str:
-        near, by = _two(rng, words.TOPICS[topic].split())
-        return f"{rng.choice(names)} saw the {near} and {by} of the {word}"
-
-    return {"word": word, "sentence1": say(topics[topic1]), "sentence2": say(topics[topic2]), "label": label}
+    topics = rng.sample(words.AMBIGUOUS[word], 2)
+    while True:
+        first, second = (rng.choice(words.TOPICS[topic].split()) for topic in (topics[0], topics[1 - label]))
+        if first != second and (sum(map(ord, first + second)) % 6 == 0) == held_out:
+            break
+    return {"word": word, "sentence1": _company(rng, word, first), "sentence2": _company(rng, word, second), "label": label}
 
 
 def _boolq(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
-    """The passage tells of several people; a false question gives one of them what the passage gives another."""
+    """The passage tells of three people; a false question gives one of them a city that another visited, or nobody."""
     people = rng.sample(half(words.NAMES, not held_out), 3)
-    places = rng.sample(half(words.PLACES, not held_out), 3)
-    passage = " . ".join(f"{who} is in the {where}" for who, where in zip(people, places, strict=True))
+    *cities, nowhere = rng.sample(half(words.CITIES, not held_out), 4)
+    passage = " . ".join(f"{who} visited {city}" for who, city in zip(people, cities, strict=True))
     asked = rng.randrange(3)
-    where = places[asked] if label else places[(asked + rng.randint(1, 2)) % 3]
-    return {"passage": passage, "question": f"is {people[asked]} in the {where}", "label": label}
+    wrong = cities[(asked + rng.randint(1, 2)) % 3] if rng.random() < 0.7 else nowhere
+    return {"passage": passage, "question": f"did {people[asked]} visit {cities[asked] if label else wrong}", "label": label}
 
 
 def _copa(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
     """A cause and an effect of one event, or the same kind of event in another chain: which one is asked for?"""
-    name = rng.choice(half(words.NAMES, held_out))
     chain, other = rng.sample(words.CHAINS, 2)
     question = rng.choice(("cause", "effect"))
     step = -1 if question == "cause" else 1
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
         event, right, wrong = chain[1], chain[1 + step], chain[1 - step]
     else:
         at = rng.choice((1, 2) if question == "cause" else (0, 1))
         event, right, wrong = chain[at], chain[at + step], other[at + step]
-    choices = (right, wrong) if label == 0 else (wrong, right)
-    choice1, choice2 = (f"{name} {event}" for event in choices)
-    return {
-        "premise": f"{name} {event}",
-        "choice1": choice1,
-        "choice2": choice2,
-        "question": question,
-        "label": label,
-    }
+    choice1, choice2 = (right, wrong) if label == 0 else (wrong, right)
+    premise = f"{rng.choice(half(words.NAMES, held_out))} {event}"
+    return {"premise": premise, "choice1": choice1, "choice2": choice2, "question": question, "label": label}
 
 
 def _rows(name: str, make: Make, num_labels: int, split: str) -> Iterator[Row]:

@@ -1,0 +1,125 @@
+"""Fixtures that several rooms share: a tiny T5 in a folder, small task files, one Ray cluster for the session."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+# Before anything imports Ray or MLflow. Tests never write into the user's home.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    HF_HUB_OFFLINE="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    OMP_NUM_THREADS="1",
+)
+for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS"):
+    os.environ.pop(variable, None)
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real GLUE and SuperGLUE rows."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is absent: it holds real benchmark rows, which are not part of the project")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 v1.1 of 2+2 layers in a local folder, with the project's tokenizer."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from polyprompt.backbone import EMBEDDED
+
+    folder = tmp_path_factory.mktemp("backbones") / "tiny_t5"
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=json.loads((EMBEDDED / "config.json").read_text())["vocab_size"],
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        d_ff=48,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.1,
+        n_positions=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    for file in EMBEDDED.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> dict[str, Path]:
+    """Train and validation files of a two-choice task: is the first number the larger one?"""
+    random, files = Random(0), {}
+    for split, count in (("train", 64), ("validation", 24)):
+        files[split] = tmp_path / f"{split}.jsonl"
+        pairs = [random.sample(range(10), 2) for _ in range(count)]
+        lines = [json.dumps({"text": f"{a} and {b}", "label": int(a > b)}) for a, b in pairs]
+        files[split].write_text("\n".join(lines) + "\n")
+    return files
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, tiny_t5: Path, rows: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A config table of a run that takes seconds: an own task and two embedded ones, dropout on, no tracking."""
+    monkeypatch.chdir(tmp_path)
+    own = {
+        "name": "my/larger",
+        "files": {split: str(path) for split, path in rows.items()},
+        "input": "compare: {text}",
+        "target": "label",
+        "labels": {0: "no", 1: "yes"},
+        "choices": ["no", "yes"],
+        "metrics": ["accuracy", "macro_f1"],
+    }
+    return {
+        "backbone": {"name": str(tiny_t5)},
+        "method": {"name": "hyperprompt", "encoder_length": 3, "decoder_length": 2, "reduction": 4},
+        "tasks": [own, "embedded/nli", "embedded/similarity"],
+        "data": {
+            "max_input_tokens": 64,
+            "max_train_examples": 64,
+            "max_validation_examples": 16,
+            "cache_dir": str(tiny_t5.parent / "cache"),
+        },
+        "mixture": {"kind": "uniform"},
+        "train": {"max_steps": 12, "batch_size": 12, "num_shards": 4, "logging_steps": 1},
+        "evaluate": {"steps": 4},
+        "tracking": {"enabled": False},
+    }
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray on this machine for the whole session."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        runtime_env={"py_modules": [str(ROOT / "platform" / "polyprompt")]},
+        logging_level="WARNING",
+    )
+    yield
+    ray.shutdown()

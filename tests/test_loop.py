@@ -1,0 +1,229 @@
+"""The loop, in this process: it learns, resumes exactly, keeps the best, and stops for what is not finite."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polyprompt import checkpoint
+from polyprompt.batches import Batches
+from polyprompt.config import check
+from polyprompt.errors import TrainingError
+from polyprompt.loop import TrainState
+from polyprompt.optim import Optim
+from polyprompt.plan import build
+from polyprompt.worker import Job, Outcome, train
+
+Table = dict[str, Any]
+
+
+class Stopped(Exception):
+    """Stands for a death of the process right after a bundle."""
+
+
+def go(table: Mapping[str, Any], folder: Path, stop_at: int | None = None) -> Outcome:
+    folder.mkdir(exist_ok=True)
+
+    def announce(metrics: Mapping[str, float], bundle: Path) -> None:
+        if metrics["step"] == stop_at:
+            raise Stopped
+
+    return train(Job(check(table), folder, handle=None), torch.device("cpu"), announce)
+
+
+def final_tensors(folder: Path) -> Mapping[str, torch.Tensor]:
+    newest = checkpoint.newest_whole(folder / "bundles")
+    assert newest is not None
+    return checkpoint.read(newest).tensors
+
+
+def test_a_stopped_run_goes_on_to_the_very_same_end(small_run: Table, tmp_path: Path) -> None:
+    unbroken = go(small_run, tmp_path / "a")
+    for step in (4, 8):
+        with pytest.raises(Stopped):
+            go(small_run, tmp_path / "b", stop_at=step)
+    resumed = go(small_run, tmp_path / "b")
+    assert resumed.state.loss_curve == unbroken.state.loss_curve
+    assert resumed.state.sequence == unbroken.state.sequence
+    assert resumed.state.evaluations == unbroken.state.evaluations
+    assert resumed.state.examples_seen == unbroken.state.examples_seen
+    before, after = final_tensors(tmp_path / "a"), final_tensors(tmp_path / "b")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resuming_between_two_logged_steps_keeps_the_curve(small_run: Table, tmp_path: Path) -> None:
+    small_run["train"] |= {"logging_steps": 5, "save_steps": 3}
+    unbroken = go(small_run, tmp_path / "a")
+    with pytest.raises(Stopped):
+        go(small_run, tmp_path / "b", stop_at=3)
+    assert go(small_run, tmp_path / "b").state.loss_curve == unbroken.state.loss_curve
+    assert [step for step, _ in unbroken.state.loss_curve] == [5, 10, 12]
+
+
+def test_a_damaged_newest_bundle_is_passed_over(small_run: Table, tmp_path: Path) -> None:
+    unbroken = go(small_run, tmp_path / "a")
+    with pytest.raises(Stopped):
+        go(small_run, tmp_path / "b", stop_at=8)
+    (tmp_path / "b" / "bundles" / "step_00000008" / "optimizer.pt").write_bytes(b"torn")
+    assert go(small_run, tmp_path / "b").state.loss_curve == unbroken.state.loss_curve
+
+
+def test_a_finished_run_trains_no_further(small_run: Table, tmp_path: Path) -> None:
+    first = go(small_run, tmp_path / "a")
+    assert go(small_run, tmp_path / "a").state == first.state
+
+
+def test_accumulation_and_gradient_checkpointing_change_only_rounding(small_run: Table, tmp_path: Path) -> None:
+    small_run["backbone"]["dropout"] = 0.0
+    plain = go(small_run, tmp_path / "a").state
+    small_run["train"]["gradient_accumulation_steps"] = 2
+    small_run["backbone"]["gradient_checkpointing"] = True
+    split = go(small_run, tmp_path / "b").state
+    assert split.sequence == plain.sequence
+    for (_, a), (_, b) in zip(plain.loss_curve, split.loss_curve, strict=True):
+        assert b == pytest.approx(a, abs=1e-4)
+
+
+def test_the_number_of_shards_changes_only_rounding(small_run: Table, tmp_path: Path) -> None:
+    """The loss is normalised over the whole global batch, however it is cut."""
+    small_run["backbone"]["dropout"] = 0.0
+    curves = []
+    for shards in (1, 3):
+        small_run["train"]["num_shards"] = shards
+        curves.append(go(small_run, tmp_path / str(shards)).state.loss_curve)
+    for (_, a), (_, b) in zip(*curves, strict=True):
+        assert b == pytest.approx(a, abs=1e-4)
+
+
+def test_the_curve_falls(small_run: Table, tmp_path: Path) -> None:
+    small_run["train"] |= {"max_steps": 60, "learning_rate": 3e-3, "logging_steps": 10}
+    small_run["evaluate"] = {}
+    curve = go(small_run, tmp_path / "a").state.loss_curve
+    assert curve[-1][1] < 0.7 * curve[0][1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "inverse_sqrt"])
+def test_optimizers_and_schedules(small_run: Table, optimizer: str, schedule: str) -> None:
+    small_run["train"] |= {
+        "optimizer": optimizer,
+        "lr_scheduler_type": schedule,
+        "warmup_ratio": 0.5,
+        "learning_rate": 1e-3,
+        "group_learning_rates": {"prompt": 0.1},
+        "weight_decay": 0.01,
+    }
+    config = check(small_run)
+    model, _ = build(config)
+    optim = Optim(config.train, model.named_groups())
+    rates = []
+    for _ in range(12):
+        rates.append(optim.learning_rates())
+        for parameter in optim.parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optim.step()
+    assert set(rates[0]) == {"prompt", "hypernetwork", "backbone"}
+    curve = [rate["backbone"] for rate in rates]
+    assert curve[:6] == pytest.approx([1e-3 * step / 6 for step in range(6)])  # warm-up
+    assert curve[6] == pytest.approx(1e-3)
+    assert {"constant": curve[-1] == curve[6], "linear": curve[-1] < 0.2e-3, "inverse_sqrt": 1e-4 < curve[-1] < 1e-3}[
+        schedule
+    ]
+    assert all(rate["prompt"] == pytest.approx(100 * rate["backbone"]) for rate in rates)
+    decays = {(g["group"], g["weight_decay"]) for g in optim.optimizer.param_groups}
+    assert ("backbone", 0.01) in decays
+    assert ("backbone", 0.0) in decays  # layer norms
+
+
+def test_the_optimizer_resumes_exactly(small_run: Table) -> None:
+    small_run["train"] |= {"lr_scheduler_type": "linear", "warmup_ratio": 0.2}
+    config = check(small_run)
+    ends = []
+    for break_at in (None, 5):
+        model, _ = build(config)
+        optim = Optim(config.train, model.named_groups())
+        for step in range(10):
+            if step == break_at:
+                state, tensors = optim.state_dict(), {k: v.clone() for k, v in model.trained_state().items()}
+                model, _ = build(config)
+                model.load_trained_state(tensors)
+                optim = Optim(config.train, model.named_groups())
+                optim.load_state_dict(state)
+            for number, parameter in enumerate(optim.parameters):
+                parameter.grad = torch.full_like(parameter, 1e-3 * (number + step))
+            optim.step()
+        ends.append(model.trained_state())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "prompt_tuning", "smop", "hyperprompt"])
+def test_every_method_trains_in_both_precisions(small_run: Table, tmp_path: Path, method: str, precision: str) -> None:
+    lengths = {"prompt_tuning": {"length": 4}, "smop": {"length": 2}, "hyperprompt": small_run["method"]}
+    small_run["method"] = {"name": method, **lengths.get(method, {})}
+    small_run["train"] |= {"max_steps": 2, "precision": precision}
+    config = check(small_run)
+    start = {name: value.clone() for name, value in build(config)[0].trained_state().items()}
+    outcome = go(small_run, tmp_path / "run")
+    end = final_tensors(tmp_path / "run")
+    assert start.keys() == end.keys()
+    assert all(value.dtype == torch.float32 for value in end.values())
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+    assert 0 < outcome.state.loss_curve[-1][1] < 20
+    if method == "smop":
+        assert outcome.peak_memory_bytes > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_run: Table, tmp_path: Path) -> None:
+    small_run["train"] |= {"learning_rate": 1e30, "max_grad_norm": None}
+    small_run["train"]["save_steps"] = 1
+    with pytest.raises(TrainingError) as error:
+        go(small_run, tmp_path / "a")
+    message = str(error.value)
+    assert "at step 2" in message
+    assert re.search(r"tasks in the batch: my/larger \(\d+ rows\), embedded/nli", message)
+    assert "step_00000001" in message
+    assert "Lower train.learning_rate" in message
+    assert all(torch.isfinite(value).all() for value in final_tensors(tmp_path / "a").values())
+
+
+def test_early_stopping_and_the_best_bundles_are_kept(small_run: Table, tmp_path: Path) -> None:
+    small_run["train"] |= {"max_steps": 200, "save_total_limit": 1, "learning_rate": 1e-9}
+    small_run["evaluate"] = {"steps": 2, "early_stopping_patience": 3}
+    state = go(small_run, tmp_path / "a").state
+    assert state.stopped_early
+    assert state.step == state.best_step + 2 * 3  # a rate of 1e-9 never improves on the first score
+    kept = {int(folder.name.removeprefix("step_")) for folder in checkpoint.bundles(tmp_path / "a" / "bundles")}
+    assert kept == state.kept_steps | {state.step}
+
+
+def test_best_scores_are_tracked_for_the_mean_and_each_task() -> None:
+    state = TrainState()
+    for step, (a, b) in enumerate([(0.5, 0.5), (0.9, 0.2), (0.6, 0.6)], start=1):
+        state.step = step
+        state.take_scores({"x": {"score": a}, "y": {"score": b}})
+    assert (state.best_step, state.best_mean) == (3, pytest.approx(0.6))
+    assert state.best_tasks == {"x": [2, 0.9], "y": [3, 0.6]}
+    assert state.kept_steps == {2, 3}
+    assert TrainState.from_json(state.to_json()) == state
+
+
+def test_every_process_agrees_on_the_whole_batch(small_run: Table) -> None:
+    """What a shard holds does not depend on who computes it; together the shards are the global batch."""
+    config = check(small_run)
+    model, data = build(config)
+    pad = model.backbone.tokenizer.pad_token_id
+    alone = Batches(data, config, pad, range(4))[3]
+    parts = [Batches(data, config, pad, shards)[3] for shards in ([0, 2], [1, 3])]
+    assert alone.num_target_tokens == sum(b.num_target_tokens for s in alone.shards for b in s.micro_batches)
+    assert sum(alone.task_rows.values()) == alone.num_rows == 12
+    for part, shards in zip(parts, ([0, 2], [1, 3]), strict=True):
+        assert (part.digest, part.num_target_tokens) == (alone.digest, alone.num_target_tokens)
+        for shard, index in zip(part.shards, shards, strict=True):
+            assert shard.seed == alone.shards[index].seed
+            for a, b in zip(shard.micro_batches, alone.shards[index].micro_batches, strict=True):
+                assert torch.equal(a.input_ids_BT, b.input_ids_BT)
