@@ -11,7 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from polyprompt import report  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from polyprompt import plan_report, report  # noqa: E402
 from polyprompt.config import RunConfig, load  # noqa: E402
 from polyprompt.errors import PolypromptError  # noqa: E402
 from polyprompt.plan import plan  # noqa: E402
@@ -33,7 +35,7 @@ def main() -> int:
             dry_run(config)
         else:
             result = run(config, out=options.out)
-            report.show(report.table(result))
+            Console().print(report.table(result))
             print(f"Everything about this run is in {options.out or Path(result.bundle).parents[1]}")
     except PolypromptError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,7 +47,8 @@ def dry_run(config: RunConfig) -> None:
     """Check everything and show what would be trained on what."""
     checked = plan(config)
     print(config.to_yaml())
-    report.show(report.plan_tables(checked))
+    for table in plan_report.tables(checked):
+        Console().print(table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from polyprompt.config import (
     SMoPConfig,
 )
 from polyprompt.errors import BundleError, ConfigError
-from polyprompt.model import Loss, PromptedModel, check_lengths
+from polyprompt.model import Loss, PromptedModel, input_limit
 
 HYPER = HyperPromptConfig(encoder_length=3, decoder_length=2, reduction=4)
 CHOICES = [[[5, 1], [9, 10, 11, 1]], [[7, 1]], [], [[5, 1], [6, 7, 1], [8, 1]], [[5, 1]], [[9, 1], [30, 1]]]
@@ -165,20 +165,29 @@ def test_trained_state_that_does_not_fit_is_refused_by_name() -> None:
 
 
 def test_input_and_prompt_beyond_the_models_limit_are_refused() -> None:
-    def run(length: int, tokens: int) -> RunConfig:
+    def run(length: int, tokens: int | None) -> RunConfig:
         method = {"name": "prompt_tuning", "length": length}
         return RunConfig(
             tasks=["a/b"], backbone=BackboneConfig(name="t"), method=method, data={"max_input_tokens": tokens}
         )
 
     model = tiny.model(PromptTuningConfig(length=10))
-    check_lengths(run(10, tiny.LIMIT - 10), model.backbone, model.method)
+    assert input_limit(run(10, tiny.LIMIT - 10), model.backbone, model.method) == tiny.LIMIT - 10
+    assert input_limit(run(10, None), model.backbone, model.method) == tiny.LIMIT - 10
     with pytest.raises(ConfigError) as caught:
-        check_lengths(run(10, tiny.LIMIT - 9), model.backbone, model.method)
+        input_limit(run(10, tiny.LIMIT - 9), model.backbone, model.method)
     for part in ("method.length=10", f"data.max_input_tokens={tiny.LIMIT - 9}", f"limit of {tiny.LIMIT}", "to 30"):
         assert part in str(caught.value)
     unlimited = tiny.model(PromptTuningConfig(length=10), "mt5")
-    check_lengths(run(10, 4000), unlimited.backbone, unlimited.method)
+    assert input_limit(run(10, 4000), unlimited.backbone, unlimited.method) == 4000
+    assert input_limit(run(10, None), unlimited.backbone, unlimited.method) == 512 - 10
+
+
+def test_keys_and_values_beyond_the_models_limit_are_refused() -> None:
+    model = tiny.model(HyperPromptConfig(encoder_length=tiny.LIMIT, decoder_length=2, reduction=2))
+    config = RunConfig(tasks=["a/b"], backbone=BackboneConfig(name="t"))
+    with pytest.raises(ConfigError, match=f"method.encoder_length={tiny.LIMIT} .*limit of {tiny.LIMIT}"):
+        input_limit(config, model.backbone, model.method)
 
 
 @pytest.mark.parametrize("config", [FullConfig(), HYPER, SMoPConfig(length=3), PromptTuningConfig(length=3)])

@@ -184,7 +184,8 @@ class DataConfig(Section):
 
     #: Folder with <task>/{train,validation,test}.jsonl in the official fields, instead of the hub.
     root: AbsolutePath | None = None
-    max_input_tokens: PositiveInt = 512
+    #: Longer inputs are cut. None: the model's own limit less the prompt's tokens; 512 less them if it states none.
+    max_input_tokens: PositiveInt | None = None
     max_target_tokens: PositiveInt = 32
     #: Use only the first examples of each split (None: all). A limit is for trying things out, never for results.
     max_train_examples: PositiveInt | None = None

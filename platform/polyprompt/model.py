@@ -19,6 +19,8 @@ from polyprompt.methods.base import KeyValues, Method, ParameterGroup, Prompts
 IGNORED = -100
 #: Choices are scored in slices whose logits hold at most this many numbers (512 MiB in fp32).
 MAX_SCORED_LOGITS = 2**27
+#: Input tokens, prompt included, of a model that states no limit: the length that T5 was pre-trained at.
+DEFAULT_LIMIT = 512
 
 
 class Loss(NamedTuple):
@@ -155,16 +157,30 @@ class PromptedModel(nn.Module):
         return nll.view_as(labels_BS).sum(dim=1)
 
 
-def check_lengths(config: RunConfig, backbone: Backbone, method: Method) -> None:
-    """Raise ConfigError where prompt and input together exceed the model's stated limit."""
+def input_limit(config: RunConfig, backbone: Backbone, method: Method) -> int:
+    """Return how many tokens an input may have beside the prompt.
+
+    As set in the config; else what the model's limit leaves. Raises ConfigError where prompt and input together exceed
+    the limit that the model states, or prompt keys and values alone do.
+    """
     limit = backbone.max_input_tokens
-    total = method.input_length + config.data.max_input_tokens
-    if limit is not None and total > limit:
-        raise ConfigError(
-            f"method.length={method.input_length} prompt tokens + data.max_input_tokens={config.data.max_input_tokens} "
-            f"= {total} exceed the limit of {limit} tokens of backbone.name={config.backbone.name}. "
-            f"Lower data.max_input_tokens to {max(limit - method.input_length, 0)}, or lower method.length"
-        )
+    wanted = config.data.max_input_tokens
+    name = config.backbone.name
+    if limit is not None:
+        for key, length in method.prompt_lengths().items():
+            if length >= limit:
+                raise ConfigError(
+                    f"{key}={length} prompt tokens exceed the limit of {limit} tokens of backbone.name={name}, which "
+                    f"leaves no room for the input. Lower {key} below {limit}"
+                )
+        total = method.input_length + (wanted or 0)
+        if total > limit:
+            raise ConfigError(
+                f"method.length={method.input_length} prompt tokens + data.max_input_tokens={wanted} = {total} exceed "
+                f"the limit of {limit} tokens of backbone.name={name}. Lower data.max_input_tokens to "
+                f"{limit - method.input_length}, or lower method.length"
+            )
+    return wanted or (limit or DEFAULT_LIMIT) - method.input_length
 
 
 def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:

@@ -10,7 +10,8 @@ from polyprompt import methods
 from polyprompt.config import RunConfig
 from polyprompt.data import TaskData, majority, prepare
 from polyprompt.mixture import Mixture, rates
-from polyprompt.model import PromptedModel, check_lengths
+from polyprompt.errors import ConfigError
+from polyprompt.model import PromptedModel, input_limit
 from polyprompt.tasks import catalog
 
 
@@ -38,9 +39,14 @@ def build(config: RunConfig) -> tuple[PromptedModel, Sequence[TaskData]]:
         config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
     )
     method = methods.build(config.method, backbone.dims(len(tasks)), seed=config.train.seed)
-    check_lengths(config, backbone, method)
+    limit = input_limit(config, backbone, method)
     model = PromptedModel(backbone, method)
-    data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=config.data.max_input_tokens)
+    if not model.named_groups():
+        raise ConfigError(
+            f"nothing is trained: method.name={config.method.name} has no parameters at this length and the backbone is "
+            "frozen. Raise the prompt's length, or set backbone.trainable=true"
+        )
+    data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=limit)
     return model, data
 
 

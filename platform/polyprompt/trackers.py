@@ -151,7 +151,7 @@ class MlflowTracker:
         uri = mask(self.handle.uri)
         LOGGER.warning(
             "%d metric points could not be sent to %s and are kept in %s. Send them when it is back: "
-            "MLFLOW_TRACKING_URI='%s' python -m polyprompt.tracking '%s' %s",
+            "PYTHONPATH=platform MLFLOW_TRACKING_URI='%s' python -m polyprompt.tracking '%s' %s",
             *(len(rows), uri, self._unsent, uri, self._unsent, self.handle.run_id),
         )
 

@@ -79,6 +79,10 @@ class Method(nn.Module, ABC):
     def group_of(self, parameter: str) -> ParameterGroup:
         """Return the optimizer group of one of the method's own parameters, by its name."""
 
+    def prompt_lengths(self) -> dict[str, int]:
+        """Return config key → prompt tokens, for each kind of prompt of the method."""
+        return {"method.length": self.input_length} if self.input_length else {}
+
     def initialise(self, embedding_VH: Tensor) -> None:
         """Set parameters that start from the backbone's vocabulary. Called once, before training.
 

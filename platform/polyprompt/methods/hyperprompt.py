@@ -69,6 +69,10 @@ class HyperPrompt(Method):
             decoder=None if self.decoder is None else self.decoder(task_U, row_B, x_BTH.dtype),
         )
 
+    def prompt_lengths(self) -> dict[str, int]:
+        stacks = {"method.encoder_length": self.encoder, "method.decoder_length": self.decoder}
+        return {key: stack.prompt_KPH.shape[1] for key, stack in stacks.items() if stack is not None}
+
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter.endswith("prompt_KPH") else "hypernetwork"
 

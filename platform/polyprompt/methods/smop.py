@@ -39,6 +39,7 @@ class SMoP(Method):
         self.task_aware = config.router == "per_task" and config.length > 0
         self.prompts_RPH: nn.Parameter | None = None
         if config.length:
+            self.num_routes = config.num_prompts
             num_routers = dims.num_tasks if config.router == "per_task" else 1
             self.prompts_RPH = nn.Parameter(
                 torch.randn(config.num_prompts, config.length, dims.hidden) * config.init_std

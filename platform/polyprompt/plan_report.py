@@ -1,0 +1,51 @@
+"""What a dry run shows: tasks and their shares, parameters, memory."""
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from polyprompt.plan import Plan
+
+
+def tables(plan: Plan) -> Iterator[Table]:
+    """Yield the tables of a checked run: its tasks, its parameters, and one worker's memory."""
+    yield _tasks(plan)
+    yield _parameters(plan)
+    yield _memory(plan)
+
+
+def _tasks(plan: Plan) -> Table:
+    shown = Table(title="Tasks")
+    for heading in ("Task", "Train", "Validation", "Share", "Majority", "Cut inputs"):
+        shown.add_column(heading, justify="left" if heading == "Task" else "right", no_wrap=True)
+    for data in plan.data:
+        name = data.task.name
+        sizes = (f"{len(data.train):,}", f"{len(data.validation):,}")
+        cut = f"{data.train.num_cut_inputs:,}"
+        shown.add_row(name, *sizes, f"{plan.shares[name]:.3f}", f"{plan.majority[name]['score']:.3f}", cut)
+    return shown
+
+
+def _parameters(plan: Plan) -> Table:
+    shown = Table(title="Parameters")
+    for heading in ("Part", "Parameters", "Of the backbone"):
+        shown.add_column(heading, justify="left" if heading == "Part" else "right", no_wrap=True)
+    backbone = plan.num_backbone_parameters
+    for name, count in (
+        ("backbone", backbone),
+        ("method", plan.num_method_parameters),
+        ("trained", plan.num_trained_parameters),
+    ):
+        shown.add_row(name, f"{count:,}", f"{count / backbone:.2%}")
+    return shown
+
+
+def _memory(plan: Plan) -> Table:
+    shown = Table(title="Memory of one worker, estimated")
+    shown.add_column("Part", no_wrap=True)
+    shown.add_column("GiB", justify="right", no_wrap=True)
+    for part, size in plan.memory_bytes.items():
+        shown.add_row(part, f"{size / 2**30:.3f}")
+    shown.add_section()
+    shown.add_row("all", f"{sum(plan.memory_bytes.values()) / 2**30:.3f}", style="bold")
+    return shown
