@@ -14,7 +14,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=platform $(BIN)/lint-imports --no-logo
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -11,13 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from rich.console import Console  # noqa: E402
+from rich.console import Console
 
-from polyprompt import plan_report, report  # noqa: E402
-from polyprompt.config import RunConfig, load  # noqa: E402
-from polyprompt.errors import PolypromptError  # noqa: E402
-from polyprompt.plan import plan  # noqa: E402
-from polyprompt.ray_train import run  # noqa: E402
+from polyprompt import plan_report, report
+from polyprompt.config import RunConfig
+from polyprompt.errors import PolypromptError
+from polyprompt.plan import plan
+from polyprompt.ray_train import run
+from polyprompt.recipe import load
 
 
 def main() -> int:

@@ -88,9 +88,7 @@ def assemble(pieces: Vocabulary) -> Tokenizer:
     vocabulary = [(s, 0.0) for s in SPECIAL] + [(b, worst) for b in BYTES] + pieces + [(s, 0.0) for s in SENTINELS]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>"), byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(SPACE)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(SPACE)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", SPECIAL.index("</s>"))]
     )

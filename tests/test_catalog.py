@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from polyprompt.config import RunConfig, check
+from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, DataError
+from polyprompt.recipe import check
 from polyprompt.tasks.catalog import CATALOGUE, resolve
 from polyprompt.tasks.metrics import check_names
 from polyprompt.tasks.records import Example, FileSource

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from polyprompt import checkpoint
-from polyprompt.config import check
 from polyprompt.errors import BundleError
+from polyprompt.recipe import check
 
 CONFIG = check({"tasks": ["embedded/nli"]})
 BACKBONE = {"name": "embedded", "revision": None, "sha256": "a" * 64}
@@ -74,7 +74,7 @@ def test_a_bundle_without_a_manifest_is_damaged(tmp_path: Path) -> None:
 
 def test_another_backbone_is_refused(tmp_path: Path) -> None:
     other = {"name": "t5-base", "revision": None, "sha256": "b" * 64}
-    with pytest.raises(BundleError, match="trained on backbone 'embedded' .* not on 't5-base'"):
+    with pytest.raises(BundleError, match=r"trained on backbone 'embedded' .* not on 't5-base'"):
         checkpoint.read(write(tmp_path, 1), backbone=other)
 
 

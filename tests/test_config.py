@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from polyprompt.config import RunConfig, check, load
+from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError
+from polyprompt.recipe import check, load
 
 TASKS = ["embedded/nli"]
 

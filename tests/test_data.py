@@ -17,7 +17,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from polyprompt.config import check
 from polyprompt.data import (
     IGNORED,
     Batch,
@@ -31,6 +30,7 @@ from polyprompt.data import (
     read_examples,
 )
 from polyprompt.errors import DataError
+from polyprompt.recipe import check
 from polyprompt.tasks.catalog import CATALOGUE, resolve
 from polyprompt.tasks.records import Example, GeneratedSource, HubSource, Row, Source, Task
 from polyprompt.token_store import encode, is_whole

@@ -10,11 +10,11 @@ import torch
 
 from polyprompt import checkpoint
 from polyprompt.batches import Batches
-from polyprompt.config import check
 from polyprompt.errors import TrainingError
 from polyprompt.loop import TrainState
 from polyprompt.optim import Optim
 from polyprompt.plan import build
+from polyprompt.recipe import check
 from polyprompt.worker import Job, Outcome, train
 
 Table = dict[str, Any]

@@ -16,9 +16,9 @@ import pytest
 from mlflow import MlflowClient
 
 from polyprompt import checkpoint
-from polyprompt.config import check
 from polyprompt.errors import BundleError, ConfigError, DataError, TrainingError
 from polyprompt.ray_train import run
+from polyprompt.recipe import check
 from polyprompt.result import RunResult
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def history(table: Table, result: RunResult, key: str) -> list[tuple[int, float]
 
 def test_a_run_leaves_a_complete_record(tracked: Table, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = go(tracked, out)
+    go(tracked, out)
     assert {f.name for f in out.iterdir()} >= {
         "result.json", "config.yaml", "per_task.csv", "metrics.jsonl", "loss.png", "scores.png", "bundles", "run.json",
     }  # fmt: skip

@@ -23,8 +23,9 @@ from mlflow import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
 
 from polyprompt import trackers, tracking
-from polyprompt.config import RunConfig, TrackingConfig, check
+from polyprompt.config import RunConfig, TrackingConfig
 from polyprompt.errors import TrackingError
+from polyprompt.recipe import check
 from polyprompt.tasks.records import FileSource, GeneratedSource, HubSource, Row, Source
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Trackers
 from polyprompt.tracking import DataInput, RunHandle, finish, log_artifacts, mask, open_run, resend, resolve_uri, slug
@@ -233,7 +234,7 @@ def test_creation_that_was_killed_half_way_is_made_good(tmp_path: Path, monkeypa
 @pytest.mark.slow
 def test_three_drivers_start_at_once_on_a_fresh_store(tmp_path: Path) -> None:
     code = (
-        "from polyprompt.config import check; from polyprompt.tracking import open_run\n"
+        "from polyprompt.recipe import check; from polyprompt.tracking import open_run\n"
         "c = check({'tasks': ['embedded/nli']})\n"
         "print(open_run(c, name='x', tags={}).run_id)"
     )

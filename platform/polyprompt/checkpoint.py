@@ -30,8 +30,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from polyprompt import __version__
-from polyprompt.config import RunConfig, check
+from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
+from polyprompt.recipe import check
 
 FORMAT = 1
 TENSORS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
@@ -109,8 +110,8 @@ def read(folder: Path, *, backbone: Mapping[str, Any] | None = None) -> Bundle:
     if backbone is not None and trained_on["sha256"] != backbone["sha256"]:
         raise BundleError(
             f"bundle {folder} was trained on backbone {trained_on['name']!r} (sha256 {trained_on['sha256'][:12]}), "
-            f"not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set backbone.name to the former, or start "
-            "a new run under another name"
+            f"not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set backbone.name to the former, or "
+            "start a new run under another name"
         )
     try:
         return Bundle(

@@ -3,14 +3,14 @@
 No state and no knowledge of workers: any number of workers, and any restart, see the same sequence. Position p of the
 endless stream is found in constant time:
 
-- the stream is cut into blocks of 1024 positions; each block holds a fixed number of positions for each task (the rates,
-  rounded by largest remainder, at least one) in an order shuffled by (seed, block);
+- the stream is cut into blocks of 1024 positions; each block holds a fixed number of positions for each task (the
+  rates, rounded by largest remainder, at least one) in an order shuffled by (seed, block);
 - the k-th draw of task i is entry k mod n_i of a permutation of its n_i examples made from (seed, i, k div n_i), so no
   example repeats inside an epoch of its task.
 
 Rates: examples-proportional with cap and temperature as in Raffel et al. 2020, section 3.5.2:
-r_i ~ min(n_i, cap)^(1/temperature). Differs: the realised rate of a task is a multiple of 1/1024 and at least that, where
-T5 samples independently; so every block holds the exact proportions.
+r_i ~ min(n_i, cap)^(1/temperature). Differs: the realised rate of a task is a multiple of 1/1024 and at least that,
+where T5 samples independently; so every block holds the exact proportions.
 """
 
 import hashlib

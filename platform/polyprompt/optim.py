@@ -1,6 +1,6 @@
 """The optimizer, its parameter groups and its learning-rate schedule, from the config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor, get_scheduler
 
-from polyprompt.config import TrainConfig
+from polyprompt.config import ParameterGroupName, TrainConfig
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "inverse_sqrt": "inverse_sqrt"}
 
@@ -17,17 +17,19 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "inverse_sq
 class Optim:
     """An optimizer and its schedule, stepped and saved together."""
 
-    def __init__(self, config: TrainConfig, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]]) -> None:
+    def __init__(
+        self, config: TrainConfig, groups: Mapping[ParameterGroupName, list[tuple[str, nn.Parameter]]]
+    ) -> None:
         """groups: optimizer group (prompt, router, hypernetwork, backbone) → named parameters. Empty ones are left out.
 
-        Adafactor runs with relative_step and scale_parameter off, as in SMoP's and prompt tuning's published set-ups, so
-        the learning rate means what it says. Weight decay spares biases and layer norms (tensors of one dimension).
+        Adafactor runs with relative_step and scale_parameter off, as in SMoP's and prompt tuning's published set-ups,
+        so the learning rate means what it says. Weight decay spares biases and layer norms (tensors of one dimension).
         """
         self.config = config
         self.parameters = [parameter for members in groups.values() for _, parameter in members]
         tables = []
         for name, members in groups.items():
-            rate = config.group_learning_rates.get(name, config.learning_rate)  # type: ignore[call-overload]
+            rate = config.group_learning_rates.get(name, config.learning_rate)
             for decay, kind in ((config.weight_decay, True), (0.0, False)):
                 parameters = [p for _, p in members if (p.ndim > 1) == kind]
                 if parameters:

@@ -9,8 +9,8 @@ from polyprompt import backbone as backbones
 from polyprompt import methods
 from polyprompt.config import RunConfig
 from polyprompt.data import TaskData, majority, prepare
-from polyprompt.mixture import Mixture, rates
 from polyprompt.errors import ConfigError
+from polyprompt.mixture import Mixture, rates
 from polyprompt.model import PromptedModel, input_limit
 from polyprompt.tasks import catalog
 
@@ -43,8 +43,8 @@ def build(config: RunConfig) -> tuple[PromptedModel, Sequence[TaskData]]:
     model = PromptedModel(backbone, method)
     if not model.named_groups():
         raise ConfigError(
-            f"nothing is trained: method.name={config.method.name} has no parameters at this length and the backbone is "
-            "frozen. Raise the prompt's length, or set backbone.trainable=true"
+            f"nothing is trained: method.name={config.method.name} has no parameters at this length and the backbone "
+            "is frozen. Raise the prompt's length, or set backbone.trainable=true"
         )
     data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=limit)
     return model, data
@@ -74,8 +74,8 @@ def memory(config: RunConfig, model: PromptedModel, data: Sequence[TaskData]) ->
 
     Activations: 34·tokens·H + 5·N·tokens² bytes a layer in half precision (Korthikanti et al. 2022, "Reducing
     activation recomputation in large transformer models", eq. 2), twice that in fp32, for the longest micro-batch that
-    the data allow; with gradient checkpointing 2·tokens·H a layer and one whole layer. A coarse upper bound: real batches are
-    shorter than the longest row.
+    the data allow; with gradient checkpointing 2·tokens·H a layer and one whole layer. A coarse upper bound: real
+    batches are shorter than the longest row.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -7,10 +7,12 @@ The only file that imports ray.train. How Ray is used and why (each was seen to 
 - `ray.train.report` is a barrier that takes one poll of the controller: the poll is set from 2 s to 0.1 s.
 - The package travels to the workers as py_modules, so it need not be installed there.
 - An error of ours (bad data, NaN) would be retried by Ray like a lost node; it is returned, not raised, and ends it.
+- Ray's own chatter stays in Ray's log files; what our workers have to say is in run.log and shown from there.
 - Every path is absolute, because Ray changes the workers' working folder.
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,7 +32,7 @@ from polyprompt.errors import ConfigError, PolypromptError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult
 from polyprompt.run_folder import RunFolder
-from polyprompt.worker import PROGRESS, Job, Outcome, train
+from polyprompt.worker import LOG, PROGRESS, Job, Outcome, train
 
 POINTER = "bundle.json"
 
@@ -62,21 +64,25 @@ def _run(config: RunConfig, place: RunFolder, checked: Plan, say: Callable[[str]
     handle = _open_tracking(config, place, checked)
     place.write_record(config, handle.run_id if handle else "")
     (place.out / "config.yaml").write_text(config.to_yaml())
-    status = "FAILED"
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    closing: dict[str, float] = {}
     try:
         job = Job(config=config, folder=place.folder, handle=handle)
+        where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
+        say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
         with _progress(place, config.train.max_steps):
             outcome = _train_with_ray(job) if config.compute.num_workers else _train_here(job)
         result = _result(config, place, checked, outcome, handle)
         _leave(result, place, handle)
         status = "FINISHED"
+        closing = {"eval/best_mean": result.mean}
         return result
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         if handle is not None:
-            tracking.finish(handle, status)
+            tracking.finish(handle, status, step=config.train.max_steps, metrics=closing)
 
 
 def _train_here(job: Job) -> Outcome:
@@ -101,7 +107,7 @@ def _train_with_ray(job: Job) -> Outcome:
     storage = job.folder / "ray"
     with _cluster(compute.num_workers * compute.cpus_per_worker):
         trainer = TorchTrainer(
-            _on_worker,
+            _on_worker,  # type: ignore[arg-type]
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend=backend),
             scaling_config=ScalingConfig(
@@ -110,8 +116,8 @@ def _train_with_ray(job: Job) -> Outcome:
             run_config=RunConfig(
                 name=uuid.uuid4().hex,
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=5),
-                logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+                failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=5),  # type: ignore[call-arg]
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         try:
@@ -160,7 +166,7 @@ def _cluster(num_cpus: int) -> Iterator[None]:
     if "site-packages" not in package.parts:
         environment["py_modules"] = [str(package)]
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env=environment, log_to_driver=True)
+        ray.init(runtime_env=environment, log_to_driver=False)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
@@ -169,7 +175,8 @@ def _cluster(num_cpus: int) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=100 * 2**20,  # nothing of ours passes through it
             runtime_env=environment,
-            logging_level="WARNING",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
         )
     try:
         yield
@@ -185,20 +192,26 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _progress(place: RunFolder, max_steps: int) -> Iterator[None]:
-    """Show the progress that the first worker, wherever it runs, leaves in the run folder."""
+    """Show the progress and the messages that the first worker, wherever it runs, leaves in the run folder."""
     file, done = place.folder / PROGRESS, threading.Event()
     file.unlink(missing_ok=True)
 
     def follow(bar: report.Progress) -> None:
-        shown = None
+        shown, log = None, place.folder / LOG
+        log.touch()
+        messages = log.open()
+        messages.seek(0, os.SEEK_END)
         while True:
             ending = done.wait(0.25)
+            for line in messages:
+                bar.say(line.rstrip())
             if file.exists():
                 seen = json.loads(file.read_text())
                 if seen != shown:
                     bar.update(seen["step"], seen["loss"], seen["examples_per_second"])
                 shown = seen
             if ending:
+                messages.close()
                 return
 
     with report.Progress(max_steps) as bar:
@@ -220,14 +233,14 @@ def _open_tracking(config: RunConfig, place: RunFolder, checked: Plan) -> tracki
         config,
         name=place.name,
         tags={
-            "backbone_sha256": identity["sha256"],
+            "backbone_sha256": str(identity["sha256"]),
             "git_commit": checkpoint.git_commit(),
             "num_trained_parameters": str(checked.num_trained_parameters),
         },
         datasets=[
             tracking.DataInput(
                 name=task.task.name,
-                context=split.name,
+                context="train" if split is task.train else "validation",
                 digest=f"{task.digest}-{split.name}",  # MLflow takes equal name and digest for one data set
                 num_examples=len(split),
                 source=task.task.source,

@@ -132,8 +132,12 @@ class Progress:
             self._print()
             self._next_line = now + self._every_seconds
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _print(self) -> None:
-        self._console.print(self._line, markup=False, highlight=False, soft_wrap=True)
+        self.say(self._line)
         self._line = ""
 
 

@@ -4,6 +4,7 @@ The same code runs in-process and as a Ray Train worker; `announce` is how it te
 """
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -30,7 +31,7 @@ from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Trac
 from polyprompt.tracking import RunHandle
 from polyprompt.workers import Workers
 
-PROGRESS, METRICS = "progress.json", "metrics.jsonl"
+PROGRESS, METRICS, LOG = "progress.json", "metrics.jsonl", "run.log"
 FLUSH_SECONDS = 10.0
 Start = tuple[PromptedModel, Sequence[TaskData], Optim, Mapping[str, Any], TrainState, list[Any]]
 Announce = Callable[[Mapping[str, float], Path], None]
@@ -116,6 +117,12 @@ def train(job: Job, device: torch.device, announce: Announce) -> Outcome:
     config = job.config
     torch.set_num_threads(config.compute.cpus_per_worker)
     workers = Workers(config.train.num_shards, config.compute.gradient_sum)
+    with _log(job, workers):
+        return _train(job, device, workers, announce)
+
+
+def _train(job: Job, device: torch.device, workers: Workers, announce: Announce) -> Outcome:
+    config = job.config
     # A fault of one process (its disk, its cache) must end them all, or the others would wait for it for ever.
     start, error = None, None
     try:
@@ -161,6 +168,20 @@ def _start(job: Job, device: torch.device) -> Start:
     optim.load_state_dict(bundle.optimizer())
     state = TrainState.from_json(bundle.state["train"])
     return model, data, optim, identity, state, bundle.state["pending"]
+
+
+@contextmanager
+def _log(job: Job, workers: Workers) -> Iterator[None]:
+    """The first process's messages go to run.log, which whoever started the run shows; it may be on another machine."""
+    logger = logging.getLogger("polyprompt")
+    handler = logging.FileHandler(job.folder / LOG) if workers.first else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

@@ -4,8 +4,8 @@ Works with torch.distributed alone: whoever started the processes (Ray Train, to
 
 `exact`: every shard's fp32 gradient is added to a float64 buffer, the buffers are summed over processes, and the sum
 is rounded to fp32 once. A sum of a few fp32 numbers is exact in float64 (29 spare bits) but for rare last-bit cases, so
-the result does not depend on which process computed which shard, and runs on 1, 2, 3, … processes stay equal, not merely
-close. Costs: 8 bytes a trained parameter, and no overlap of communication with the backward pass.
+the result does not depend on which process computed which shard, and runs on 1, 2, 3, … processes stay equal, not
+merely close. Costs: 8 bytes a trained parameter, and no overlap of communication with the backward pass.
 `ddp`: torch's DistributedDataParallel. It overlaps, and its rounding depends on the number of processes.
 """
 

@@ -141,7 +141,12 @@ def _wic(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
         first, second = (rng.choice(words.TOPICS[topic].split()) for topic in (topics[0], topics[1 - label]))
         if first != second and (sum(map(ord, first + second)) % 6 == 0) == held_out:
             break
-    return {"word": word, "sentence1": _company(rng, word, first), "sentence2": _company(rng, word, second), "label": label}
+    return {
+        "word": word,
+        "sentence1": _company(rng, word, first),
+        "sentence2": _company(rng, word, second),
+        "label": label,
+    }
 
 
 def _boolq(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
@@ -151,7 +156,11 @@ def _boolq(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
     passage = " . ".join(f"{who} visited {city}" for who, city in zip(people, cities, strict=True))
     asked = rng.randrange(3)
     wrong = cities[(asked + rng.randint(1, 2)) % 3] if rng.random() < 0.7 else nowhere
-    return {"passage": passage, "question": f"did {people[asked]} visit {cities[asked] if label else wrong}", "label": label}
+    return {
+        "passage": passage,
+        "question": f"did {people[asked]} visit {cities[asked] if label else wrong}",
+        "label": label,
+    }
 
 
 def _copa(rng: Random, held_out: bool, label: int) -> dict[str, Any]:
