@@ -11,14 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from rich.console import Console
-
-from polyprompt import plan_report, report
-from polyprompt.config import RunConfig
-from polyprompt.errors import PolypromptError
-from polyprompt.plan import plan
-from polyprompt.ray_train import run
-from polyprompt.recipe import load
+from polyprompt.config import RunConfig  # noqa: E402
+from polyprompt.errors import PolypromptError  # noqa: E402
+from polyprompt.recipe import load  # noqa: E402
 
 
 def main() -> int:
@@ -32,20 +27,34 @@ def main() -> int:
         parser.error("name at least one recipe, for example jobs/recipes/embedded.yaml")
     try:
         config = load(recipes, [a for a in options.arguments if "=" in a])
-        if options.dry_run:
-            dry_run(config)
-        else:
-            result = run(config, out=options.out)
-            Console().print(report.table(result))
-            print(f"Everything about this run is in {options.out or Path(result.bundle).parents[1]}")
+        # What follows imports torch and its kin, which takes seconds: a typing mistake is answered before.
+        (dry_run if options.dry_run else train)(config, options.out)
     except PolypromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def dry_run(config: RunConfig) -> None:
-    """Check everything and show what would be trained on what."""
+def train(config: RunConfig, out: Path | None) -> None:
+    """Train, and show the closing table."""
+    from rich.console import Console
+
+    from polyprompt import report
+    from polyprompt.ray_train import run
+
+    result = run(config, out=out)
+    Console().print(report.table(result))
+    print(f"Everything about this run is in {out or Path(result.bundle).parents[1]}")
+
+
+def dry_run(config: RunConfig, out: Path | None) -> None:
+    """Check everything, the output folder too, and show what would be trained on what."""
+    from rich.console import Console
+
+    from polyprompt import plan_report, run_folder
+    from polyprompt.plan import plan
+
+    run_folder.check(run_folder.choose(config, out), config)
     checked = plan(config)
     print(config.to_yaml())
     for table in plan_report.tables(checked):

@@ -398,4 +398,4 @@ def test_official_files_give_the_official_counts_and_baselines(
     assert (len(data.train), len(data.validation)) == (train, validation)
     scores = majority(data)
     assert {m: scores[m] for m in expected} == pytest.approx(expected)
-    assert set(scores) == {*CATALOGUE[name].metrics, "score"}
+    assert len(scores) == len(CATALOGUE[name].metrics) + 1

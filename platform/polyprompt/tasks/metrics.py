@@ -23,14 +23,20 @@ Metric = Callable[[Sequence[str], Sequence[Example]], float]
 def compute(names: Sequence[str], predictions: Sequence[str], references: Sequence[Example]) -> dict[str, float]:
     """Return each named metric and "score", their mean.
 
+    A benchmark's own metric loses its prefix, since its task says it already: multirc_f1a → f1a, wsc_accuracy → accuracy.
     Raises ConfigError for an unknown name and DataError where there is nothing to score.
     """
     check_names(names)
     if len(predictions) != len(references) or not references:
         raise DataError(f"{len(predictions)} predictions for {len(references)} examples; expected one each, at least 1")
     stripped = [p.strip() for p in predictions]
-    scores = {name: float(METRICS[name](stripped, references)) for name in names}
+    scores = {_shown(name): float(METRICS[name](stripped, references)) for name in names}
     return scores | {"score": sum(scores.values()) / len(scores)}
+
+
+def _shown(name: str) -> str:
+    prefix, _, rest = name.partition("_")
+    return rest if prefix in ("multirc", "record", "wsc") else name
 
 
 def check_names(names: Sequence[str]) -> None:
