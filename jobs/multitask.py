@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from polyprompt.config import RunConfig  # noqa: E402
-from polyprompt.errors import PolypromptError  # noqa: E402
-from polyprompt.recipe import load  # noqa: E402
+from polyprompt.config import RunConfig
+from polyprompt.errors import PolypromptError
+from polyprompt.recipe import load
 
 
 def main() -> int:

@@ -2,17 +2,19 @@
 
     python jobs/train_tokenizer.py --corpus BOOKS.txt.gz NOVELS.txt.gz [--out DIR] [--vocab-size 8192]
 
-A Unigram tokenizer laid out as T5's: <pad>=0, </s>=1, <unk>=2, byte pieces (no text is lost), pieces, and 100 sentinels
-at the end, <extra_id_0> last. Every word of the suite is made one piece. Writes tokenizer.json and tokenizer_config.json.
+A Unigram tokenizer laid out as T5's: <pad>=0, </s>=1, <unk>=2, byte pieces (no text is lost), pieces, and 100
+sentinels at the end, <extra_id_0> last. Every word of the suite is made one piece. Writes tokenizer.json and
+tokenizer_config.json. The shipped one was made from public-domain English novels, 19 MB of gzipped text.
 """
 
 import argparse
 import gzip
 import json
+import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -26,6 +28,8 @@ SPECIAL = ["<pad>", "</s>", "<unk>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]
 SPACE = "▁"
+#: Score of a piece that the model does not have.
+UNKNOWN = -20.0
 Vocabulary = list[tuple[str, float]]
 
 
@@ -46,8 +50,7 @@ def corpus_lines(files: list[Path], fraction: float, seed: int) -> Iterator[str]
     """Yield a random share of the lines of gzipped or plain text files."""
     rng = random.Random(seed)
     for file in files:
-        opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-        with opened as lines:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
             yield from (line.strip() for line in lines if rng.random() < fraction)
 
 
@@ -68,18 +71,25 @@ def train_pieces(lines: Iterator[str], size: int) -> Vocabulary:
 def with_words(pieces: Vocabulary, words: Counter[str], size: int) -> Vocabulary:
     """Return `size` pieces that hold every word whole; the least likely pieces make room.
 
-    A word scores better than any way to cut it: a cut has at least two pieces, each at most as likely as the best one.
+    A word that the model would cut gets a score just above that of its best cut, so that other text keeps its cuts.
     """
-    single = [(p, s) for p, s in pieces if len(p) == 1]
+    scores = dict(pieces)
     wanted = {SPACE + word for word in words}
-    known = dict(pieces)
-    best = max(s for _, s in pieces)
-    floor = 2 * best - 1e-3
-    # A long word keeps its own score where that already wins.
-    whole = [(w, max(known.get(w, floor), min(floor, best - 1e-3))) for w in sorted(wanted)]
-    rest = [(p, s) for p, s in pieces if p not in wanted and len(p) > 1]
-    kept = single + whole
-    return sorted(kept + rest[: size - len(kept)], key=lambda item: -item[1])
+    for word in sorted(wanted, key=lambda w: (len(w), w)):
+        scores[word] = max(scores.get(word, -math.inf), best_cut(word, scores) + 1e-3)
+    kept = {p for p in scores if p in wanted or len(p) == 1}
+    rest = sorted((p for p in scores if p not in kept), key=lambda p: -scores[p])
+    return sorted(((p, scores[p]) for p in [*kept, *rest[: size - len(kept)]]), key=lambda item: (-item[1], item[0]))
+
+
+def best_cut(word: str, scores: Mapping[str, float]) -> float:
+    """Return the score of the likeliest way to cut the word into two pieces or more."""
+    best = [0.0]
+    for end in range(1, len(word) + 1):
+        starts = range(1 if end == len(word) else 0, end)
+        cuts = (best[start] + scores.get(word[start:end], UNKNOWN) for start in starts)
+        best.append(max(cuts, default=UNKNOWN))
+    return best[-1]
 
 
 def assemble(pieces: Vocabulary) -> Tokenizer:

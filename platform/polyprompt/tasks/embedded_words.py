@@ -14,11 +14,6 @@ THINGS = tuple(
     """book lamp chair table clock mirror basket bottle carpet candle ladder pencil pillow blanket kettle bucket
     hammer helmet jacket letter camera wallet guitar drum ticket coin rope box map ring scarf glove""".split()
 )
-CITIES = tuple(
-    """Rome Paris Oslo Berlin Madrid London Lisbon Vienna Prague Dublin Athens Cairo Delhi Tokyo Lima Quito Havana
-    Boston Chicago Geneva Milan Naples Venice Warsaw""".split()
-)
-COLOURS = tuple("red blue green yellow black white brown purple orange grey golden silver".split())
 ACTIONS = tuple("found lost sold bought broke hid cleaned painted moved carried dropped kept".split())
 
 # Sentiment: the first word of each pair praises, the second blames.
@@ -37,22 +32,8 @@ PEOPLE = tuple(
     """nurse pilot farmer singer teacher baker painter sailor doctor driver lawyer writer dancer hunter miner soldier
     tailor waiter actor judge king guard clerk poet""".split()
 )
-VERBS = tuple("sleep walk sing work laugh run swim dance wait shout read cook".split())
+QUALITIES = tuple("tired angry hungry busy late happy quiet ready calm proud sad early".split())
 PREPOSITIONS = ("near", "behind", "beside", "with")
-ADVERBS = tuple("often slowly today outside quietly again daily happily".split())
-
-# Entailment: kind -> its members.
-KINDS = {
-    "dog": "poodle spaniel terrier beagle",
-    "bird": "robin sparrow eagle pigeon",
-    "tree": "oak maple willow birch",
-    "flower": "rose tulip daisy lily",
-    "fruit": "apple pear cherry plum",
-    "fish": "salmon trout herring tuna",
-    "boat": "canoe ferry yacht raft",
-    "tool": "saw chisel wrench drill",
-}
-SEEN = tuple("saw bought drew sold found kept liked wanted".split())
 
 # Paraphrase: pairs that mean the same, each both a past tense and a participle.
 SYNONYMS = tuple(
@@ -77,7 +58,7 @@ TOPICS = {
     "animal": "fur tail nest claw feather wing",
     "computer": "screen keyboard software button file cable",
     "music": "melody song concert orchestra rhythm tune",
-    "food": "soup bread sauce butter cheese dinner",
+    "food": "sauce spice flour dough recipe dinner",
     "building": "brick cement roof wall crew steel",
 }
 AMBIGUOUS = {
@@ -125,6 +106,28 @@ CHAINS = tuple(
         "found a puppy | became happy | built a kennel",
     )
 )
+
+
+# Entailment, neutral, contradiction: what one quantity says of another.
+QUANTITIES = (
+    (("all", "most"), ("all", "some"), ("all", "several"), ("most", "some"), ("several", "some"), ("no", "few")),
+    (("most", "all"), ("some", "all"), ("several", "all"), ("some", "most"), ("some", "several"), ("few", "no")),
+    (("all", "no"), ("no", "all"), ("most", "no"), ("no", "most"), ("several", "no"), ("no", "several"))
+    + (("some", "no"), ("no", "some")),
+)
+
+# Similarity: circles of words; the nearer on the circle, the more alike.
+CIRCLES = tuple(
+    tuple(x.split())
+    for x in (
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+        "north northeast east southeast south southwest west northwest",
+        "January March May July September November",
+    )
+)
+# Questions over a passage: things and the states that they may be in.
+STATED = tuple("door gate window shop jar bag barrel drawer shirt plate car sink road coat towel floor".split())
+STATES = tuple("wet dry clean dirty open closed warm cold old new".split())
 
 
 def half(words: Sequence[str], odd: bool) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ Metric = Callable[[Sequence[str], Sequence[Example]], float]
 def compute(names: Sequence[str], predictions: Sequence[str], references: Sequence[Example]) -> dict[str, float]:
     """Return each named metric and "score", their mean.
 
-    A benchmark's own metric loses its prefix, since its task says it already: multirc_f1a → f1a, wsc_accuracy → accuracy.
+    A benchmark's own metric loses its prefix, which its task says already: multirc_f1a → f1a, wsc_accuracy → accuracy.
     Raises ConfigError for an unknown name and DataError where there is nothing to score.
     """
     check_names(names)
