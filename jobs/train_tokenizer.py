@@ -14,7 +14,7 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -106,14 +106,14 @@ def assemble(pieces: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="plain text, .txt or .txt.gz")
     parser.add_argument("--out", type=Path, default=PLATFORM / "polyprompt" / "embedded", help="folder to write to")
     parser.add_argument("--vocab-size", type=int, default=8192, help="all pieces, special ones and sentinels included")
     parser.add_argument("--fraction", type=float, default=0.25, help="share of the corpus lines to train on")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     size = args.vocab_size - len(SPECIAL) - len(BYTES) - len(SENTINELS)
     pieces = train_pieces(corpus_lines(args.corpus, args.fraction, args.seed), size)

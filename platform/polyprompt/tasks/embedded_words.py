@@ -22,7 +22,8 @@ PRAISE = tuple(
     perfect beautiful pleasant funny""".split()
 )
 BLAME = tuple(
-    """bad awful ugly terrible stupid boring clumsy dreadful horrible poor weak dull annoying shoddy nasty tedious""".split()
+    """bad awful ugly terrible stupid boring clumsy dreadful horrible poor weak dull annoying shoddy nasty
+    tedious""".split()
 )
 NEGATIONS = ("not", "never")
 DEGREES = ("very", "really")
@@ -109,22 +110,25 @@ CHAINS = tuple(
 
 
 # Entailment, neutral, contradiction: what one quantity says of another.
-QUANTITIES = (
-    (("all", "most"), ("all", "some"), ("all", "several"), ("most", "some"), ("several", "some"), ("no", "few")),
-    (("most", "all"), ("some", "all"), ("several", "all"), ("some", "most"), ("some", "several"), ("few", "no")),
-    (("all", "no"), ("no", "all"), ("most", "no"), ("no", "most"), ("several", "no"), ("no", "several"))
-    + (("some", "no"), ("no", "some")),
+QUANTITIES = tuple(
+    tuple((pair.split(">")[0], pair.split(">")[1]) for pair in pairs.split())
+    for pairs in (
+        "all>most all>some all>several most>some several>some no>few",
+        "most>all some>all several>all some>most some>several few>no",
+        "all>no no>all most>no no>most several>no no>several some>no no>some",
+    )
 )
 
 # Similarity: circles of words; the nearer on the circle, the more alike.
 CIRCLES = tuple(
-    tuple(x.split())
-    for x in (
+    tuple(circle.split())
+    for circle in (
         "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
         "north northeast east southeast south southwest west northwest",
         "January March May July September November",
     )
 )
+
 # Questions over a passage: things and the states that they may be in.
 STATED = tuple("door gate window shop jar bag barrel drawer shirt plate car sink road coat towel floor".split())
 STATES = tuple("wet dry clean dirty open closed warm cold old new".split())
