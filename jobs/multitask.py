@@ -32,6 +32,9 @@ def main() -> int:
     except PolypromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the newest bundle", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -24,6 +24,7 @@ def write(root: Path, step: int, value: float = 1.0) -> Path:
         state={"step": step, "losses": [0.1, 1 / 3]},
         config=CONFIG,
         backbone=BACKBONE,
+        commit="abc",
     )
 
 
@@ -69,7 +70,8 @@ def test_a_bundle_without_a_manifest_is_damaged(tmp_path: Path) -> None:
     (write(tmp_path, 2) / "manifest.json").write_text('{"format": 1')
     with pytest.raises(BundleError, match=r"no readable manifest\.json"):
         checkpoint.verify(tmp_path / "step_00000002")
-    assert checkpoint.newest_whole(tmp_path) is None
+    with pytest.raises(BundleError, match=r"all 1 bundles .* are damaged"):
+        checkpoint.newest_whole(tmp_path)
 
 
 def test_another_backbone_is_refused(tmp_path: Path) -> None:

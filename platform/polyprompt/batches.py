@@ -37,6 +37,11 @@ class GlobalBatch:
     digest: str
 
 
+def task_weights(config: RunConfig, data: Sequence[TaskData]) -> list[float]:
+    """Return each task's weight: `mixture.weights` by name, else the task's own."""
+    return [config.mixture.weights.get(task.task.name, task.task.weight) for task in data]
+
+
 class Batches:
     """Global batches by step: `batches[step]`, the first step is 1. Holds no state."""
 
@@ -47,7 +52,7 @@ class Batches:
         self.pad_id = pad_id
         self.shards = shards
         sizes = [len(task.train) for task in data]
-        shares = rates(config.mixture, sizes, [task.task.weight for task in data])
+        shares = rates(config.mixture, sizes, task_weights(config, data))
         self.mixture = Mixture(shares, sizes, config.train.seed)
 
     def __getitem__(self, step: int) -> GlobalBatch:

@@ -73,11 +73,13 @@ def write(
     state: Mapping[str, Any],
     config: RunConfig,
     backbone: Mapping[str, Any],
+    commit: str,
 ) -> Path:
-    """Write root/step_XXXXXXXX atomically and return it. Replaces a bundle of the same step."""
+    """Write root/step_XXXXXXXX atomically and return it. Replaces a bundle of the same step. commit: see git_commit."""
     target = root / folder_name(step)
-    draft = root / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
+    for left in root.glob(".step_*.tmp"):  # of a killed process; a run has one writer
+        shutil.rmtree(left)
+    draft = root / f".{target.name}.tmp"
     draft.mkdir(parents=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(contiguous, draft / TENSORS, metadata={"format": "pt"})
@@ -89,7 +91,7 @@ def write(
         "step": step,
         "backbone": dict(backbone),
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "files": {file.name: _sha256(file) for file in sorted(draft.iterdir())},
     }
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -153,14 +155,23 @@ def bundles(root: Path) -> list[Path]:
 
 
 def newest_whole(root: Path) -> Path | None:
-    """Return the newest undamaged bundle under root; name each damaged one that is passed over in the log."""
-    for folder in reversed(bundles(root)):
+    """Return the newest undamaged bundle under root, None if there is none at all.
+
+    Each damaged one that is passed over is named in the log. Raises BundleError if all are damaged.
+    """
+    found = bundles(root)
+    for folder in reversed(found):
         try:
             verify(folder)
         except BundleError as error:
             log.warning("%s. It is passed over; an older bundle is tried.", error)
         else:
             return folder
+    if found:
+        raise BundleError(
+            f"all {len(found)} bundles in {root} are damaged, the newest is {found[-1].name}; restore one, or delete "
+            "the folder to start from the beginning"
+        )
     return None
 
 

@@ -42,10 +42,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+def _address(name: str) -> str:
+    """A local folder becomes absolute; a hub name stays."""
+    is_path = name.startswith((".", "~", "/")) or Path(name).is_dir()
+    return str(Path(name).expanduser().absolute()) if is_path else name
+
+
 class BackboneConfig(Section):
     """The pre-trained model: `embedded`, a hub name or a local folder."""
 
-    name: str = "embedded"
+    name: Annotated[str, AfterValidator(_address)] = "embedded"
     revision: str | None = None
     #: Train the backbone too. None: as the method's paper does (full and hyperprompt: yes; prompt_tuning and smop: no).
     trainable: bool | None = None
@@ -190,11 +196,14 @@ class DataConfig(Section):
 class MixtureConfig(Section):
     """How often each task is drawn."""
 
-    #: proportional: min(n, cap)^(1/temperature); uniform: equal; weights: each task's own `weight`.
+    #: proportional: min(n, cap)^(1/temperature); uniform: equal; weights: the tasks' weights alone. The first two are
+    #: multiplied by the tasks' weights.
     kind: Literal["proportional", "uniform", "weights"] = "proportional"
     temperature: Annotated[float, Field(ge=1.0)] = 1.0
     #: Artificial limit on the examples of a task (T5's K). None: no limit.
     cap: PositiveInt | None = None
+    #: task name → weight, for tasks that do not state their own. 1 for the rest.
+    weights: dict[str, PositiveFloat] = {}
 
 
 class TrainConfig(Section):
@@ -222,7 +231,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: NonNegativeInt = 42
     logging_steps: PositiveInt = 10
-    #: Write a bundle every so many steps. None: whenever the model is evaluated.
+    #: Write a bundle every so many steps, and whenever the model is evaluated. None: at least ten times a run.
     save_steps: PositiveInt | None = None
     #: Newest bundles to keep; the best by mean and the best of each task are kept beside them.
     save_total_limit: PositiveInt = 2
@@ -317,6 +326,11 @@ class RunConfig(Section):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"tasks: {', '.join(twice)} listed more than once; list each task once")
+        strangers = sorted(self.mixture.weights.keys() - set(names))
+        if strangers:
+            raise ValueError(
+                f"mixture.weights: {', '.join(strangers)} not among the tasks; the tasks are {', '.join(names)}"
+            )
         if self.method.name == "full" and self.backbone.trainable is False:
             raise ValueError("method.name=full trains the backbone, but backbone.trainable=false; drop one of the two")
         if self.compute.num_workers > self.train.num_shards:
@@ -344,14 +358,8 @@ class RunConfig(Section):
         return self.method.name in ("full", "hyperprompt")
 
     def identity(self) -> str:
-        """Return the hash (12 hex digits) of everything that shapes the result.
-
-        Left out: the name, where things are stored or tracked, and how many workers share the work.
-        """
-        shaping = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
-        shaping["data"].pop("cache_dir")
-        for key in ("logging_steps", "save_steps", "save_total_limit"):
-            shaping["train"].pop(key)
+        """Return the hash (12 hex digits) of everything that shapes the result (see `shapes_result`)."""
+        shaping = {key: value for key, value in self.flat().items() if shapes_result(key)}
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_yaml(self) -> str:
@@ -371,6 +379,14 @@ class RunConfig(Section):
             return {prefix: value if isinstance(value, str) else json.dumps(value)}
 
         return walk("", self.model_dump(mode="json"))
+
+
+def shapes_result(key: str) -> bool:
+    """Does a flat key shape the result? Not: names, places of storage and tracking, how many workers share the work."""
+    section, _, rest = key.partition(".")
+    if section == "train":
+        return rest not in ("logging_steps", "save_steps", "save_total_limit")
+    return section not in ("name", "compute", "tracking") and key != "data.cache_dir"
 
 
 def long_form(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,7 +117,10 @@ def fit(
 
     Raises TrainingError, with the weights of the last good step, as soon as a loss or gradient is not finite.
     """
-    every, save_every = config.evaluate.steps, config.train.save_steps or config.evaluate.steps
+    every = config.evaluate.steps
+    save_every = config.train.save_steps or max(1, config.train.max_steps // 10)
+    for task in tasks:
+        state.examples_seen.setdefault(task, 0)
     routes = model.method.num_routes
     module = workers.start(model, num_totals=len(tasks) * (2 + routes))
     model.train()
@@ -133,7 +136,9 @@ def fit(
         due = last or bool(every and state.step % every == 0)
         if due:
             _evaluate(state, evaluate(), config, reporter)
-        if due or (save_every and state.step % save_every == 0):
+        if state.stopped_early and state.window.steps:
+            _log(state, tasks, optim, norm, reporter)
+        if due or state.step % save_every == 0:
             reporter.save(state, model, optim)
     return state
 

@@ -33,13 +33,10 @@ def random_seed(*key: int | str) -> int:
 
 
 def rates(config: MixtureConfig, sizes: Sequence[int], weights: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Return the wanted share of each task; they sum to 1. sizes: training examples. weights: for kind=weights."""
-    if config.kind == "uniform":
-        share = np.ones(len(sizes))
-    elif config.kind == "weights":
-        share = np.asarray(weights, dtype=float)
-    else:
-        share = np.minimum(sizes, config.cap or np.inf).astype(float) ** (1.0 / config.temperature)
+    """Return the wanted share of each task; they sum to 1. sizes: training examples. weights: of the tasks."""
+    share = np.asarray(weights, dtype=float)
+    if config.kind == "proportional":
+        share = share * np.minimum(sizes, config.cap or np.inf).astype(float) ** (1.0 / config.temperature)
     return share / share.sum()
 
 

@@ -21,6 +21,8 @@ IGNORED = -100
 MAX_SCORED_LOGITS = 2**27
 #: Input tokens, prompt included, of a model that states no limit: the length that T5 was pre-trained at.
 DEFAULT_LIMIT = 512
+#: Fewer input tokens hold no text.
+MIN_INPUT = 4
 
 
 class Loss(NamedTuple):
@@ -180,7 +182,13 @@ def input_limit(config: RunConfig, backbone: Backbone, method: Method) -> int:
                 f"the limit of {limit} tokens of backbone.name={name}. Lower data.max_input_tokens to "
                 f"{limit - method.input_length}, or lower method.length"
             )
-    return wanted or (limit or DEFAULT_LIMIT) - method.input_length
+    left = wanted or (limit or DEFAULT_LIMIT) - method.input_length
+    if left < MIN_INPUT:
+        raise ConfigError(
+            f"method.length={method.input_length} leaves {left} input tokens of backbone.name={name}; expected at "
+            f"least {MIN_INPUT}. Lower method.length, or set data.max_input_tokens"
+        )
+    return left
 
 
 def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:

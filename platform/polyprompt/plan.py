@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from polyprompt import backbone as backbones
 from polyprompt import methods
+from polyprompt.batches import task_weights
 from polyprompt.config import RunConfig
 from polyprompt.data import TaskData, majority, prepare
 from polyprompt.errors import ConfigError
@@ -17,9 +19,9 @@ from polyprompt.tasks import catalog
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. memory_bytes: part → estimated bytes on one worker. shares: task → share of the mixture."""
+    """A checked run. backbone: its identity. memory_bytes: part → estimated bytes on one worker. shares: of the mixture."""
 
-    model: PromptedModel
+    backbone: Mapping[str, Any]
     data: Sequence[TaskData]
     num_trained_parameters: int
     num_method_parameters: int
@@ -55,10 +57,10 @@ def plan(config: RunConfig) -> Plan:
     model, data = build(config)
     counts = model.num_parameters()
     sizes = [len(task.train) for task in data]
-    mixture = Mixture(rates(config.mixture, sizes, [task.task.weight for task in data]), sizes, config.train.seed)
+    mixture = Mixture(rates(config.mixture, sizes, task_weights(config, data)), sizes, config.train.seed)
     names = [task.task.name for task in data]
     return Plan(
-        model=model,
+        backbone=model.backbone.identity(),
         data=data,
         num_trained_parameters=counts.trained,
         num_method_parameters=counts.method,

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import uuid
@@ -47,7 +48,9 @@ def run(config: RunConfig, *, out: Path | None = None, say: Callable[[str], None
     place = run_folder.choose(config, out)
     run_folder.check(place, config)
     if place.result.exists():
-        say(f"Run {place.name} in {place.folder} has finished; this is its result. Another --out starts a new run.")
+        say(
+            f"Run {place.name} in {place.folder} has finished; this is its result. Another --out starts a new run."
+        )
         return RunResult.read(place.result)
     if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
@@ -57,17 +60,23 @@ def run(config: RunConfig, *, out: Path | None = None, say: Callable[[str], None
 
 
 def _run(config: RunConfig, place: RunFolder, checked: Plan, say: Callable[[str], None]) -> RunResult:
+    digests = {task.task.name: task.digest for task in checked.data}
+    run_folder.check_data(place, digests)
     newest = checkpoint.newest_whole(place.bundles)
     if newest is not None:
-        checkpoint.read(newest, backbone=checked.model.backbone.identity())
+        checkpoint.read(newest, backbone=checked.backbone)
         say(f"Run {place.name} goes on from {newest}")
-    handle = _open_tracking(config, place, checked)
-    place.write_record(config, handle.run_id if handle else "")
+    # Recorded before the tracking store is asked, so that a start which fails there can be repeated.
+    run_id = place.record().get("run_id", "")
+    place.write_record(config, digests, run_id)
+    handle = _open_tracking(config, checked, place.name, run_id)
+    if handle is not None:
+        place.write_record(config, digests, handle.run_id)
     (place.out / "config.yaml").write_text(config.to_yaml())
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     closing: dict[str, float] = {}
     try:
-        job = Job(config=config, folder=place.folder, handle=handle)
+        job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit())
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
         with _progress(place, config.train.max_steps):
@@ -95,6 +104,7 @@ def _train_with_ray(job: Job) -> Outcome:
     compute = job.config.compute
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
     from ray.exceptions import RayError
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -106,6 +116,13 @@ def _train_with_ray(job: Job) -> Outcome:
     backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
     storage = job.folder / "ray"
     with _cluster(compute.num_workers * compute.cpus_per_worker):
+        gpus = compute.num_workers * compute.gpus_per_worker
+        if compute.use_gpu and not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < gpus:
+            raise ConfigError(
+                f"compute.num_workers={compute.num_workers} workers of {compute.gpus_per_worker:g} GPUs need {gpus:g}, "
+                f"this machine has {ray.cluster_resources().get('GPU', 0):g}. Lower compute.num_workers or "
+                "compute.gpus_per_worker, set compute.use_gpu=false, or set RAY_ADDRESS to a cluster"
+            )
         trainer = TorchTrainer(
             _on_worker,  # type: ignore[arg-type]
             train_loop_config={"job": job},
@@ -120,14 +137,18 @@ def _train_with_ray(job: Job) -> Outcome:
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
+        handler = signal.getsignal(signal.SIGINT)
         try:
             answer = trainer.fit().return_value  # type: ignore[attr-defined]
+        except SystemExit:  # what Ray Train makes of Ctrl-C
+            raise KeyboardInterrupt from None
         except (TrainingFailedError, RayError) as error:
             raise TrainingError(
                 f"the workers failed {compute.max_failures + 1} times, at last with: {_cause(error)}. Bundles in "
                 f"{job.bundles} are kept: mend the cause and start the same command again to go on"
             ) from error
         finally:
+            signal.signal(signal.SIGINT, handler)  # Ray Train puts its own and leaves it
             shutil.rmtree(storage, ignore_errors=True)  # pointers only
     if isinstance(answer, PolypromptError):
         raise answer
@@ -225,15 +246,14 @@ def _progress(place: RunFolder, max_steps: int) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _open_tracking(config: RunConfig, place: RunFolder, checked: Plan) -> tracking.RunHandle | None:
+def _open_tracking(config: RunConfig, checked: Plan, name: str, run_id: str) -> tracking.RunHandle | None:
     if not config.tracking.enabled:
         return None
-    identity = checked.model.backbone.identity()
     return tracking.open_run(
         config,
-        name=place.name,
+        name=name,
         tags={
-            "backbone_sha256": str(identity["sha256"]),
+            "backbone_sha256": str(checked.backbone["sha256"]),
             "git_commit": checkpoint.git_commit(),
             "num_trained_parameters": str(checked.num_trained_parameters),
         },
@@ -249,7 +269,7 @@ def _open_tracking(config: RunConfig, place: RunFolder, checked: Plan) -> tracki
             for task in checked.data
             for split in (task.train, task.validation)
         ],
-        run_id=place.record().get("run_id") or None,
+        run_id=run_id or None,
     )
 
 

@@ -27,8 +27,8 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
         if bad:
             raise ConfigError(f"override {bad[0]!r} is not of the form key.sub=value")
         try:
-            layers.append(long_form(_table(OmegaConf.from_dotlist(list(overrides)))))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            layers.append(_overrides(overrides))
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise ConfigError(f"overrides {list(overrides)}: {error}") from error
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -37,7 +37,7 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
             merged.pop("method")
         try:
             merged = _table(OmegaConf.merge(merged, layer))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:
             raise ConfigError(f"recipes cannot be merged: {error}") from error
     try:
         resolved = _table(OmegaConf.create(merged), resolve=True)
@@ -74,6 +74,18 @@ _RecipeLoader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn "key.sub=value" into a table; values are YAML, as in a recipe. `method=smop` means `method.name=smop`."""
+    table = OmegaConf.create()
+    for override in overrides:
+        key, _, text = override.partition("=")
+        value = yaml.load(text, Loader=_RecipeLoader)
+        if key in ("method", "backbone") and isinstance(value, str):
+            key = f"{key}.name"
+        OmegaConf.update(table, key, value, merge=True)
+    return _table(table)
 
 
 def _table(config: Any, *, resolve: bool = False) -> dict[str, Any]:

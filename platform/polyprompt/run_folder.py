@@ -10,7 +10,7 @@ Ray Train by itself resumes whatever lies under a run's name, whatever its confi
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from polyprompt.config import RunConfig
-from polyprompt.errors import ConfigError
+from polyprompt.config import RunConfig, shapes_result
+from polyprompt.errors import ConfigError, DataError
 
-RUN, RESULT, BUNDLES = "run.json", "result.json", "bundles"
+RUN, RESULT, BUNDLES, LOCK = "run.json", "result.json", "bundles", ".lock"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,15 @@ class RunFolder:
         file = self.folder / RUN
         return json.loads(file.read_text()) if file.is_file() else {}
 
-    def write_record(self, config: RunConfig, run_id: str) -> None:
+    def write_record(self, config: RunConfig, data: Mapping[str, str], run_id: str) -> None:
+        """Write run.json. data: task → digest of its rows. run_id: the tracking run's, "" for none."""
         table = {
             "name": self.name,
             "identity": config.identity(),
             "run_id": run_id,
-            "config": config.model_dump(mode="json"),
+            "out": str(self.out),
+            "data": dict(data),
+            "config": config.flat(),
         }
         draft = self.folder / f".{RUN}.tmp"
         draft.write_text(json.dumps(table, indent=1))
@@ -94,40 +97,54 @@ def check(run: RunFolder, config: RunConfig) -> None:
             f"run folder {run.folder} in use: it holds run {record['name']!r} of another config "
             f"({_difference(record['config'], config)}). Choose another name or --out, or delete the folder"
         )
-    for folder in {run.folder, run.out}:
-        foreign = folder.is_dir() and not (folder / RUN).exists() and any(folder.iterdir())
-        if foreign and not (folder == run.out != run.folder and record):
-            raise ConfigError(
-                f"output folder {folder} in use: it holds files that no polyprompt run wrote. "
-                "Choose another --out, or empty the folder"
-            )
+    known = {run.folder, Path(record["out"])} if record else set()
+    for folder in {run.folder, run.out} - known:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"output folder {folder} is a file; choose another --out")
-    if run.result.exists() and record and record["config"]["compute"] != config.model_dump(mode="json")["compute"]:
+        if folder.is_dir() and any(file.name != LOCK for file in folder.iterdir()):
+            raise ConfigError(
+                f"output folder {folder} in use: it holds files that are not of this run. "
+                "Choose another --out, or empty the folder"
+            )
+    now = config.flat()
+    if run.result.exists() and any(record["config"].get(k) != v for k, v in now.items() if k.startswith("compute.")):
         raise ConfigError(
             f"output folder {run.folder} in use: it holds the finished run {run.name!r}, which had another `compute`. "
             "Choose another name or --out, or delete the folder"
         )
 
 
+def check_data(run: RunFolder, data: Mapping[str, str]) -> None:
+    """Raise DataError if a run that is to go on was begun on other rows. data: task → digest."""
+    before = run.record().get("data", {})
+    changed = [task for task, digest in data.items() if before.get(task, digest) != digest]
+    if changed:
+        raise DataError(
+            f"run {run.name} in {run.folder} was begun on other rows of {', '.join(changed)}; restore the data, or "
+            "start a new run under another name or --out"
+        )
+
+
 @contextmanager
 def claim(run: RunFolder) -> Iterator[None]:
     """Hold the run's folder for this process. Raises ConfigError if another process trains in it now."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run.folder / ".lock", timeout=0):
-            yield
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise ConfigError(
             f"output folder {run.folder} in use: another process is training run {run.name!r} in it now. "
             "Wait for it, or choose another name or --out"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"output folder {run.out} or {run.folder} cannot be written: {error}") from error
+    with lock:
+        yield
 
 
-def _difference(before: Any, config: RunConfig) -> str:
+def _difference(old: Mapping[str, str], config: RunConfig) -> str:
     """Name the first few keys in which a recorded config differs from this one."""
-    old, new = RunConfig.model_validate(before).flat(), config.flat()
-    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    shaping = [k for k in keys if not k.startswith(("name", "compute.", "tracking."))]
-    return "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in shaping[:3])
+    new = config.flat()
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and shapes_result(k)]
+    return "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in keys[:3])

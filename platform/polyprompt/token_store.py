@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from polyprompt.errors import DataError
-from polyprompt.tasks.records import Example, Task
+from polyprompt.tasks.records import Example, FileSource, Task
 
 Tokenizer = Any
 """A tokenizer of transformers, which this room does not import."""
@@ -117,7 +117,11 @@ class Writer:
                 columns = self._columns(chunk, counts)
                 stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
         if counts["num_examples"] == 0:
-            raise DataError(f"{self.task.name}: the {name} split has no examples; its source is empty")
+            files = self.task.source.files if isinstance(self.task.source, FileSource) else {}
+            where = files.get(getattr(self.task, f"{name}_split"), "its source")
+            raise DataError(
+                f"{self.task.name}: the {name} split has no examples: {where} is empty. Expected one row or more"
+            )
         return {**counts, "num_bytes": path.stat().st_size}
 
     def _columns(self, chunk: Sequence[tuple[str, Example]], counts: dict[str, int]) -> dict[str, list[Any]]:

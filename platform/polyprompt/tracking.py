@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from polyprompt import __version__
-from polyprompt.config import RunConfig, TrackingConfig
+from polyprompt.config import RunConfig, TrackingConfig, shapes_result
 from polyprompt.errors import TrackingError
 from polyprompt.tasks.records import FileSource, HubSource, Source
 
@@ -283,7 +283,7 @@ def _reopen(
         raise TrackingError(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings it back")
     old = run.data.params
     changed = {key: value for key, value in params.items() if key in old and old[key] != value}
-    faults = [f"{key} was {old[key]}, now {value}" for key, value in changed.items() if _shapes_result(key)]
+    faults = [f"{key} was {old[key]}, now {value}" for key, value in changed.items() if shapes_result(key)]
     seen = {(i.dataset.name, tag.value): i.dataset.digest for i in run.inputs.dataset_inputs for tag in i.tags}
     for d in datasets:
         digest = seen.get((d.name, d.context), d.digest[:MAX_DIGEST_CHARACTERS])
@@ -355,11 +355,6 @@ def _mlflow_source(source: Source, split: str) -> tuple[str, dict[str, Any]]:
     return "code", {
         "tags": {"generator": f"{generator.__module__}.{generator.__qualname__}", "version": source.version}
     }
-
-
-def _shapes_result(param: str) -> bool:
-    harmless = ("name", "train.logging_steps", "data.cache_dir")
-    return param not in harmless and not param.startswith(("compute.", "tracking.", "train.save_"))
 
 
 def _param(value: str) -> str:

@@ -44,6 +44,7 @@ class Job:
     config: RunConfig
     folder: Path
     handle: RunHandle | None
+    commit: str = ""
 
     @property
     def bundles(self) -> Path:
@@ -96,6 +97,7 @@ class RunReporter:
                 state={"train": state.to_json(), "pending": self.tracker.pending()},
                 config=self.job.config,
                 backbone=self.backbone,
+                commit=self.job.commit,
             )
             checkpoint.prune(self.job.bundles, state.kept_steps, self.job.config.train.save_total_limit)
         self.announce({"step": state.step, "loss": state.loss_curve[-1][1] if state.loss_curve else 0.0}, folder)

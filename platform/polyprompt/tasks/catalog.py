@@ -15,6 +15,9 @@ from polyprompt.tasks.super_glue import SUPER_GLUE
 
 CATALOGUE: Mapping[str, Task] = {task.name: task for task in (*GLUE, *SUPER_GLUE, *EXTRAS)}
 
+#: Kinds of files under `data.root`, the first that is there.
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
 
 def resolve(config: RunConfig) -> tuple[Task, ...]:
     """Return the config's tasks, in its order.
@@ -41,7 +44,7 @@ def known_tasks() -> Mapping[str, Task]:
 
 
 def _files(task: Task, root: Path) -> FileSource:
-    """The task's files in `root`: <last part of its name>/<split>.jsonl."""
+    """The task's files in `root`: <last part of its name>/<split>.jsonl, else .csv, else .parquet."""
     root = root.expanduser().absolute()
     expected = f"data.root must hold <task>/{task.train_split}.jsonl and <task>/{task.validation_split}.jsonl"
     if not root.is_dir():
@@ -50,8 +53,10 @@ def _files(task: Task, root: Path) -> FileSource:
     if not folder.is_dir():
         near = hint(folder.name, [p.name for p in root.iterdir() if p.is_dir()])
         raise DataError(f"{task.name}: folder {folder} does not exist; {expected}.{near}")
-    files = {split: folder / f"{split}.jsonl" for split in dict.fromkeys((task.train_split, task.validation_split))}
-    for path in files.values():
-        if not path.is_file():
-            raise DataError(f"{task.name}: file {path} does not exist; {expected}")
+    files = {}
+    for split in dict.fromkeys((task.train_split, task.validation_split)):
+        found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+        if not found:
+            raise DataError(f"{task.name}: file {folder / split}.jsonl does not exist; {expected} (or .csv, .parquet)")
+        files[split] = found[0]
     return FileSource(files)

@@ -31,9 +31,21 @@ def text(row: Row, *names: str) -> str:
     return value
 
 
+def _parsed(value: Any) -> Any:
+    """CSV holds text alone: read a number or a boolean where one is written."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return int(value) if value.lstrip("-").isdigit() else float(value)
+    except ValueError:
+        return value
+
+
 def number(row: Row, *names: str) -> float:
     """Return a field that must be a number."""
-    value = get(row, *names)
+    value = _parsed(get(row, *names))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"field {names[0]!r} must be a number, not {type(value).__name__} {value!r}")
     return float(value)
@@ -50,6 +62,7 @@ def word(row: Row, words: Sequence[str], split: str, name: str = "label") -> str
     value = get(row, name)
     if isinstance(value, str) and value in words:
         return value
+    value = _parsed(value)
     if isinstance(value, bool | int) and 0 <= value < len(words):
         return words[int(value)]
     known = ", ".join(f"{i} or {w!r}" for i, w in enumerate(words))
