@@ -206,28 +206,19 @@ def _random_model(model_config: Any, attention: str, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = FAMILIES[model_config.model_type](model_config)
-        _start_matching(model)
+        _spread_position_biases(model)
         return model
 
 
 @torch.no_grad()
-def _start_matching(model: Any) -> None:
-    """Start half of the encoder's heads as matching heads: a token looks for its own kind elsewhere.
+def _spread_position_biases(model: Any) -> None:
+    """Start the position biases from N(0, 2²), so that heads look at different neighbours from the first step on.
 
-    From T5's own start a small model needs tens of thousands of examples before it compares two words at all. Here, in
-    the first half of the heads of each layer, queries are keys scaled by 1/4, so that equal tokens score about
-    d_kv / 4 where others score around 0, and the position bias of a token's own place is -4, which makes it look at the
-    other copy. The remaining position biases start from N(0, 2²), so that heads prefer different neighbours.
+    From T5's own start a model this small needs twice the examples before it compares two words at all.
     """
     for name, parameter in model.named_parameters():
         if "relative_attention_bias" in name:
             parameter.normal_(0, 2)
-    half = model.config.num_heads // 2
-    rows = half * model.config.d_kv
-    for block in model.encoder.block:
-        attention = block.layer[0].SelfAttention
-        attention.q.weight[:rows] = attention.k.weight[:rows] / 4
-    model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[0, :half] = -4
 
 
 def _load_model(config: BackboneConfig, source: str, model_config: Any, origin: dict[str, str]) -> Any:

@@ -19,7 +19,7 @@ from polyprompt.tasks import catalog
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. backbone: its identity. memory_bytes: part → estimated bytes on one worker. shares: of the mixture."""
+    """A checked run. backbone: its identity. memory_bytes: estimated, of one worker. shares: of the mixture, by task."""
 
     backbone: Mapping[str, Any]
     data: Sequence[TaskData]

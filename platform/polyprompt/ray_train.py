@@ -48,9 +48,7 @@ def run(config: RunConfig, *, out: Path | None = None, say: Callable[[str], None
     place = run_folder.choose(config, out)
     run_folder.check(place, config)
     if place.result.exists():
-        say(
-            f"Run {place.name} in {place.folder} has finished; this is its result. Another --out starts a new run."
-        )
+        say(f"Run {place.name} in {place.folder} has finished; this is its result. Another --out starts a new run.")
         return RunResult.read(place.result)
     if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
