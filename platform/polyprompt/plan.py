@@ -19,7 +19,7 @@ from polyprompt.tasks import catalog
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. backbone: its identity. memory_bytes: estimated, of one worker. shares: of the mixture, by task."""
+    """A checked run. backbone: its identity. memory_bytes: estimated, one worker's, by part. shares: of the mixture."""
 
     backbone: Mapping[str, Any]
     data: Sequence[TaskData]
