@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from polyprompt.config import RunConfig
+from polyprompt.data import read_examples
 from polyprompt.errors import ConfigError, DataError
 from polyprompt.recipe import check
 from polyprompt.tasks.catalog import CATALOGUE, resolve
@@ -385,3 +386,27 @@ def test_every_catalogue_task_reads_the_official_files(name: str) -> None:
         assert all(e.input and e.target for e in examples)
         assert all(e.target in e.choices for e in examples if e.choices)
         assert not task.choices or {e.target for e in examples} == set(task.choices)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_catalogue_tasks_come_from_other_files_too(tmp_path: Path, suffix: str) -> None:
+    """CSV holds text alone, so its labels and numbers are read from text."""
+    import pandas as pd
+
+    for name, row in (
+        ("rte", {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0}),
+        ("stsb", {"sentence1": "a", "sentence2": "b", "label": 3.75}),
+        ("boolq", {"question": "is it", "passage": "It is.", "label": True}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split in ("train", "validation"):
+            frame = pd.DataFrame([row])
+            path = folder / f"{split}{suffix}"
+            frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+    config = check({"tasks": ["super_glue/rte", "glue/stsb", "super_glue/boolq"], "data": {"root": tmp_path}})
+    targets = []
+    for task in resolve(config):
+        ((_, example),) = read_examples(task, "train")
+        targets.append(example.target)
+    assert targets == ["entailment", "3.8", "True"]

@@ -40,6 +40,26 @@ def test_another_method_starts_a_fresh_table(tmp_path: Path) -> None:
     assert load([path], ["method.encoder_length=3"]).method.model_dump()["reduction"] == 8
 
 
+def test_the_short_form_of_an_override_goes_with_its_keys(tmp_path: Path) -> None:
+    path = recipe(tmp_path, method={"name": "hyperprompt", "reduction": 8})
+    method = load([path], ["method=smop", "method.length=3"]).method.model_dump()
+    assert (method["name"], method["length"]) == ("smop", 3)
+
+
+def test_override_values_are_yaml_as_in_recipes(tmp_path: Path) -> None:
+    own = "tasks=[{name: my/x, files: {train: a, validation: b}, input: '{t}', target: l, choices: [yes, no]}]"
+    task = load([recipe(tmp_path)], [own]).tasks[0]
+    assert not isinstance(task, str)
+    assert task.choices == ["yes", "no"]
+
+
+def test_a_local_backbone_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "t5").mkdir(parents=True)
+    names = {name: check({"tasks": TASKS, "backbone": name}).backbone.name for name in ("models/t5", "./x", "t5-base")}
+    assert names == {"models/t5": str(tmp_path / "models/t5"), "./x": str(tmp_path / "x"), "t5-base": "t5-base"}
+
+
 def test_short_forms_mean_the_name(tmp_path: Path) -> None:
     config = load([recipe(tmp_path, backbone="t5-base", method="smop")])
     assert (config.backbone.name, config.method.name) == ("t5-base", "smop")
@@ -86,6 +106,8 @@ def test_a_user_task_as_in_the_readme(tmp_path: Path) -> None:
         ("compute.storage_path=s3://bucket/x", r"compute\.storage_path: .*looks like an address"),
         ("evaluate.early_stopping_patience=3", r"needs evaluate\.steps"),
         ("name=a/b", r"^name: "),
+        ("mixture.weights={glue/rte: 2}", r"mixture\.weights: glue/rte not among the tasks"),
+        ("tasks.0=embedded/nli", r"recipes cannot be merged"),
         ("train.seed", r"override 'train\.seed' is not of the form"),
         ("tasks=[{name: my/x, input: f, target: g}]", r"tasks\.0: give exactly one of `files` and `hub`"),
         ("tasks=[{name: my/x, inptu: f}]", r"tasks\.0\.inptu: unknown key\. Did you mean 'input'"),

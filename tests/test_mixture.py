@@ -70,6 +70,7 @@ def test_rates_follow_their_definitions() -> None:
     assert rates(MixtureConfig(temperature=2), [100, 400], [1, 1]) == pytest.approx([1 / 3, 2 / 3])
     assert rates(MixtureConfig(kind="uniform"), [100, 300], [1, 1]) == pytest.approx([0.5, 0.5])
     assert rates(MixtureConfig(kind="weights"), [100, 300], [3, 1]) == pytest.approx([0.75, 0.25])
+    assert rates(MixtureConfig(), [100, 300], [3, 1]) == pytest.approx([0.5, 0.5])  # weights multiply
 
 
 @given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=64), data=st.data())

@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from polyprompt import checkpoint
-from polyprompt.errors import BundleError, ConfigError, DataError, TrainingError
+from polyprompt.errors import BundleError, ConfigError, DataError, TrackingError, TrainingError
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
 from polyprompt.result import RunResult
@@ -109,6 +109,35 @@ def test_a_folder_in_use_is_refused(small_run: Table, tmp_path: Path) -> None:
         go(other, out)
     with pytest.raises(ConfigError, match="in use: it holds the finished run"):
         go(small_run, out, num_workers=1)
+
+
+def test_a_start_that_failed_can_be_repeated(small_run: Table, tmp_path: Path) -> None:
+    bad = {**small_run, "tracking": {"uri": "http://127.0.0.1:9"}}
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9"):
+        go(bad, tmp_path / "out")
+    assert go(small_run, tmp_path / "out").num_steps == 12
+
+
+def test_a_run_does_not_go_on_with_other_rows(small_run: Table, rows: dict[str, Path], tmp_path: Path) -> None:
+    go(small_run, tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()  # as if it had been stopped
+    rows["train"].write_text(rows["train"].read_text().replace("1 and 2", "1 and 3"))
+    with pytest.raises(DataError, match="begun on other rows of my/larger"):
+        go(small_run, tmp_path / "out")
+
+
+def test_a_finished_named_run_leaves_other_folders_alone(small_run: Table, tmp_path: Path) -> None:
+    named = {**small_run, "name": "mine", "train": {**small_run["train"], "max_steps": 1}}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("mine")
+    go(named, tmp_path / "a", storage_path=str(tmp_path / "s"))
+    with pytest.raises(ConfigError, match=f"output folder {tmp_path / 'b'} in use"):
+        go(named, tmp_path / "b", storage_path=str(tmp_path / "s"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(small_run: Table) -> None:
+    with pytest.raises(ConfigError, match=r"/proc/nothing.* cannot be written"):
+        go(small_run, Path("/proc/nothing"))
 
 
 def test_a_run_of_the_same_name_and_another_config_is_refused(small_run: Table, tmp_path: Path) -> None:

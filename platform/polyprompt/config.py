@@ -302,8 +302,8 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
-    #: Runs of the same name are the same run: started again, it goes on from its newest bundle.
-    #: None: <method>-<hash of the config>.
+    #: Runs of the same name in the same place (`compute.storage_path`, else --out, else runs/) are the same run:
+    #: started again, it goes on from its newest bundle. None: <method>-<hash of the config>.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")] | None = None
     backbone: BackboneConfig = BackboneConfig()
     method: MethodConfig = HyperPromptConfig()
