@@ -16,13 +16,13 @@ from polyprompt.config import (
     MethodConfig,
     PromptTuningConfig,
     SMoPConfig,
-    check,
 )
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
 from polyprompt.methods.smop import SMoP
 from polyprompt.model import PromptedModel
+from polyprompt.recipe import check
 
 HYPER: dict[str, Any] = {
     "encoder_length": 3,
