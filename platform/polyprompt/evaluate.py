@@ -1,22 +1,15 @@
 """Scores a model on the validation splits: predictions, then each task's official metrics, then their mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from polyprompt.config import RunConfig
 from polyprompt.data import Split, TaskData, collate, length_batches
+from polyprompt.loop import Scores
 from polyprompt.model import PromptedModel
 from polyprompt.tasks import metrics
 from polyprompt.workers import Workers
-
-Scores = Mapping[str, Mapping[str, float]]
-"""task → metric → value, with the task's own "score"."""
-
-
-def mean_score(scores: Scores) -> float:
-    """The benchmark's score: the mean of the tasks' scores."""
-    return sum(values["score"] for values in scores.values()) / len(scores)
 
 
 @torch.inference_mode()

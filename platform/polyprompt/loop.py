@@ -21,6 +21,7 @@ from polyprompt.optim import Optim
 from polyprompt.workers import Workers
 
 Scores = Mapping[str, Mapping[str, float]]
+"""task → metric → value, with the task's own "score"."""
 
 
 @dataclass

@@ -40,11 +40,6 @@ _SCHEMA = pa.schema(
 )
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Return the token ids of each text, cut to max_tokens, the last of which is always </s>."""
-    return [[*ids[: max_tokens - 1], tokenizer.eos_token_id] for ids in _tokens(tokenizer, texts)]
-
-
 def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []

@@ -56,7 +56,6 @@ class Outcome:
     """What a finished process knows that the result needs."""
 
     state: TrainState
-    num_workers: int
     peak_memory_bytes: int
     last_bundle: Path
 
@@ -150,7 +149,6 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce)
         )
     return Outcome(
         state=state,
-        num_workers=config.compute.num_workers,
         peak_memory_bytes=max(workers.gather(_peak_memory())),
         last_bundle=job.bundles / checkpoint.folder_name(state.step),
     )
