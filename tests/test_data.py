@@ -33,7 +33,7 @@ from polyprompt.errors import DataError
 from polyprompt.recipe import check
 from polyprompt.tasks.catalog import CATALOGUE, resolve
 from polyprompt.tasks.records import Example, GeneratedSource, HubSource, Row, Source, Task
-from polyprompt.token_store import encode, is_whole
+from polyprompt.token_store import is_whole
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data in {DATA}")
@@ -327,11 +327,6 @@ def test_a_hub_data_set_that_cannot_be_had(tmp_path: Path) -> None:
     task = generated(HubSource(str(tmp_path / "nowhere")))
     with pytest.raises(DataError, match=r"data set '.*nowhere'.*cannot be loaded"):
         prepare_task(task, tmp_path)
-
-
-def test_encode_always_ends_the_text() -> None:
-    assert encode(word_tokenizer(), ["a b c", "", "d"], 3) == [ids("a b"), ids(""), ids("d")]
-    assert encode(word_tokenizer(), [], 3) == []
 
 
 def test_collate_pads_and_masks() -> None:
