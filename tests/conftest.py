@@ -1,6 +1,7 @@
 """Fixtures that several rooms share: a tiny T5 in a folder, small task files, one Ray cluster for the session."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -119,7 +120,8 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         runtime_env={"py_modules": [str(ROOT / "platform" / "polyprompt")]},
-        logging_level="WARNING",
+        log_to_driver=False,
+        logging_level=logging.WARNING,
     )
     yield
     ray.shutdown()

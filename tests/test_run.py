@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,8 +149,6 @@ def test_a_run_of_the_same_name_and_another_config_is_refused(small_run: Table, 
 
 
 def test_another_backbone_than_the_bundles_is_refused(small_run: Table, tmp_path: Path, tiny_t5: Path) -> None:
-    import shutil
-
     import safetensors.torch
 
     folder = tmp_path / "backbone"
@@ -213,6 +212,16 @@ class TestOnRay:
             assert result.sequence == alone.sequence
             assert result.loss_curve == alone.loss_curve
             assert result.eval == alone.eval
+
+    def test_a_stopped_run_goes_on_with_another_number_of_workers(self, small_run: Table, tmp_path: Path) -> None:
+        alone = go(small_run, tmp_path / "out")
+        # As if it had been stopped after its first bundles.
+        (tmp_path / "out" / "result.json").unlink()
+        for folder in checkpoint.bundles(tmp_path / "out" / "bundles")[1:]:
+            shutil.rmtree(folder)
+        resumed = go(small_run, tmp_path / "out", num_workers=2)
+        assert resumed.num_workers == 2
+        assert (resumed.sequence, resumed.loss_curve, resumed.eval) == (alone.sequence, alone.loss_curve, alone.eval)
 
     def test_ddp_gives_the_same_curve_but_for_rounding(self, small_run: Table, tmp_path: Path) -> None:
         alone = go(small_run, tmp_path / "0")
