@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert bundle.optimizer()["optimizer"]["state"][0]["step"] == 3
     manifest = json.loads((bundle.folder / "manifest.json").read_text())
     assert set(manifest["files"]) == {"adapter_model.safetensors", "optimizer.pt", "state.json", "config.json"}
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
 
 
 def test_a_step_written_again_replaces_the_old_bundle(tmp_path: Path) -> None:
