@@ -159,9 +159,6 @@ def _gradients(
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                     loss = module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
                 objective = loss.total / batch.num_target_tokens
-                for name, extra in loss.aux.items():
-                    if name.startswith("loss/"):
-                        objective = objective + extra * (len(micro.task_B) / batch.num_rows)
                 (objective * workers.loss_scale).backward()
             part = _totals(loss, micro.task_B, num_tasks, routes)
             totals = part if totals is None else totals + part

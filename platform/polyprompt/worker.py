@@ -27,6 +27,7 @@ from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.plan import build
+from polyprompt.run_folder import BUNDLES
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Tracker, Trackers
 from polyprompt.tracking import RunHandle
 from polyprompt.workers import Workers
@@ -48,7 +49,7 @@ class Job:
 
     @property
     def bundles(self) -> Path:
-        return self.folder / "bundles"
+        return self.folder / BUNDLES
 
 
 @dataclass(frozen=True)

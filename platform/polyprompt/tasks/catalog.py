@@ -45,7 +45,6 @@ def known_tasks() -> Mapping[str, Task]:
 
 def _files(task: Task, root: Path) -> FileSource:
     """The task's files in `root`: <last part of its name>/<split>.jsonl, else .csv, else .parquet."""
-    root = root.expanduser().absolute()
     expected = f"data.root must hold <task>/{task.train_split}.jsonl and <task>/{task.validation_split}.jsonl"
     if not root.is_dir():
         raise DataError(f"data.root: folder {root} does not exist; {expected}")

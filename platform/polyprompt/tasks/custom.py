@@ -129,7 +129,7 @@ def _source(config: TaskConfig) -> Source:
     if config.hub:
         splits = {str(split): name for split, name in config.hub.splits.items()}
         return HubSource(config.hub.path, config.hub.config, config.hub.revision, splits)
-    files = {str(split): path.expanduser().absolute() for split, path in (config.files or {}).items()}
+    files = {str(split): path for split, path in (config.files or {}).items()}
     for path in files.values():
         if not path.is_file():
             near = hint(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
