@@ -36,7 +36,7 @@ def recipe(small_run: Table, tmp_path: Path) -> Path:
 def test_every_recipe_takes_a_step(
     path: Path, tiny_t5: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)  # recipes name ../shared/data
     overrides = [
         f"backbone.name={tiny_t5}",
         f"data.root={shared_data}",
@@ -51,6 +51,7 @@ def test_every_recipe_takes_a_step(
         "tracking.enabled=false",
     ]
     config = load([path], overrides)
+    monkeypatch.chdir(tmp_path)
     result = run(config, say=lambda line: None)
     assert result.num_steps == 1
     assert set(result.eval) == set(config.task_names)

@@ -101,3 +101,13 @@ def test_more_shards_than_rows_is_refused() -> None:
 def test_a_task_without_examples_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one training example"):
         Mixture([0.5, 0.5], [3, 0], 0)
+    with pytest.raises(ConfigError, match="none of them has a training example"):
+        rates(MixtureConfig(), [0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("kind", ["proportional", "uniform", "weights"])
+def test_a_task_that_is_only_evaluated_on_is_never_drawn(kind: str) -> None:
+    shares = rates(MixtureConfig(kind=kind), [100, 0, 300], [1, 5, 1])
+    stream = Mixture(shares, [100, 0, 300], 0)
+    assert shares[1] == stream.quota[1] == 0
+    assert {stream[p][0] for p in range(2 * BLOCK)} == {0, 2}

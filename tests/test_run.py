@@ -240,7 +240,7 @@ class TestOnRay:
             """Kill one worker once three bundles are there."""
             while len(checkpoint.bundles(tmp_path / "b" / "bundles")) < 3:
                 time.sleep(0.02)
-            workers = [p for p in psutil.process_iter(["name", "cmdline"]) if is_train_worker(p)]
+            workers = [p for p in psutil.Process().children(recursive=True) if is_train_worker(p)]
             workers[-1].kill()
             killed.set()
 
@@ -261,7 +261,7 @@ class TestOnRay:
 
 
 def is_train_worker(process: psutil.Process) -> bool:
-    return any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
+    return any("RayTrainWorker" in part for part in process.cmdline())
 
 
 @pytest.mark.ray

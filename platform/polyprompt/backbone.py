@@ -110,6 +110,11 @@ class Backbone(nn.Module):
         """Return name, revision and sha256 of architecture, vocabulary and weights as they were loaded (in fp32)."""
         return dict(self._identity)
 
+    def save(self, folder: Path) -> None:
+        """Write a folder that `load` and transformers' AutoModelForSeq2SeqLM and AutoTokenizer can read."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
     def embed(self, input_ids_BT: Tensor) -> Tensor:
         """Return x_BTH."""
         return self.model.get_input_embeddings()(input_ids_BT)
@@ -171,7 +176,7 @@ def load(config: BackboneConfig, *, train: bool, precision: Literal["fp32", "bf1
         if config.dropout is not None:
             model_config.dropout_rate = config.dropout
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, **origin)
-        if embedded and not (EMBEDDED / "model.safetensors").exists():
+        if config.init == "random" or (embedded and not (EMBEDDED / "model.safetensors").exists()):
             model = _random_model(model_config, config.attention, seed)
         else:
             model = _load_model(config, source, model_config, origin)

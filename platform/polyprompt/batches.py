@@ -7,10 +7,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from polyprompt.config import RunConfig
-from polyprompt.data import Batch, TaskData, collate
+from polyprompt.data import AnyData, Batch, collate
 from polyprompt.mixture import Mixture, cut, random_seed, rates
+
+
+class Draw(NamedTuple):
+    """An example of a task. seed: of the noise that plain text gets, other each time the example is drawn."""
+
+    task: int
+    example: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class GlobalBatch:
     digest: str
 
 
-def task_weights(config: RunConfig, data: Sequence[TaskData]) -> list[float]:
+def task_weights(config: RunConfig, data: Sequence[AnyData]) -> list[float]:
     """Return each task's weight: `mixture.weights` by name, else the task's own."""
     return [config.mixture.weights.get(task.task.name, task.task.weight) for task in data]
 
@@ -45,7 +54,7 @@ def task_weights(config: RunConfig, data: Sequence[TaskData]) -> list[float]:
 class Batches:
     """Global batches by step: `batches[step]`, the first step is 1. Holds no state."""
 
-    def __init__(self, data: Sequence[TaskData], config: RunConfig, pad_id: int, shards: Sequence[int]) -> None:
+    def __init__(self, data: Sequence[AnyData], config: RunConfig, pad_id: int, shards: Sequence[int]) -> None:
         """shards: the numbers of the shards (of train.num_shards) that this process computes."""
         self.data = data
         self.train = config.train
@@ -57,30 +66,30 @@ class Batches:
 
     def __getitem__(self, step: int) -> GlobalBatch:
         pairs = self.mixture.batch(step, self.train.batch_size)
-        lengths = [self._length(task, example) for task, example in pairs]
-        parts = cut(lengths, self.train.num_shards)
+        draws = [
+            Draw(task, example, random_seed("noise", self.train.seed, step, row))
+            for row, (task, example) in enumerate(pairs)
+        ]
+        sizes = [self.data[draw.task].train.size(draw.example, draw.seed) for draw in draws]
+        parts = cut([num_input + num_target for num_input, num_target in sizes], self.train.num_shards)
         return GlobalBatch(
             step=step,
-            shards=tuple(self._shard(step, index, [pairs[row] for row in parts[index]]) for index in self.shards),
+            shards=tuple(self._shard(step, index, [draws[row] for row in parts[index]]) for index in self.shards),
             task_rows=Counter(task for task, _ in pairs),
             num_rows=len(pairs),
-            num_input_tokens=sum(int(self.data[task].train.input_lengths[example]) for task, example in pairs),
-            num_target_tokens=sum(int(self.data[task].train.target_lengths[example]) for task, example in pairs),
+            num_input_tokens=sum(num_input for num_input, _ in sizes),
+            num_target_tokens=sum(num_target for _, num_target in sizes),
             digest=hashlib.sha256(repr(pairs).encode()).hexdigest(),
         )
 
-    def _length(self, task: int, example: int) -> int:
-        split = self.data[task].train
-        return int(split.input_lengths[example] + split.target_lengths[example])
-
-    def _shard(self, step: int, index: int, pairs: Sequence[tuple[int, int]]) -> Shard:
+    def _shard(self, step: int, index: int, draws: Sequence[Draw]) -> Shard:
         pieces = self.train.gradient_accumulation_steps
-        size = -(-len(pairs) // pieces)
+        size = -(-len(draws) // pieces)
         return Shard(
             seed=random_seed("shard", self.train.seed, step, index),
-            micro_batches=tuple(self._collate(pairs[i : i + size]) for i in range(0, len(pairs), size)),
+            micro_batches=tuple(self._collate(draws[i : i + size]) for i in range(0, len(draws), size)),
         )
 
-    def _collate(self, pairs: Sequence[tuple[int, int]]) -> Batch:
-        rows = [self.data[task].train.rows([example])[0] for task, example in pairs]
-        return collate(rows, [task for task, _ in pairs], self.pad_id)
+    def _collate(self, draws: Sequence[Draw]) -> Batch:
+        rows = [self.data[draw.task].train.row(draw.example, draw.seed) for draw in draws]
+        return collate(rows, [draw.task for draw in draws], self.pad_id)

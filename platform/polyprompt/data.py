@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,25 +24,18 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from polyprompt import sources, token_store
+from polyprompt import sources, text_store, token_store
 from polyprompt.config import DataConfig, RunConfig
 from polyprompt.errors import DataError
 from polyprompt.tasks.metrics import compute
-from polyprompt.tasks.records import Example, HubSource, Row, Task
+from polyprompt.tasks.records import Example, HubSource, Row, Task, TextTask, TokenRow
+from polyprompt.text_store import TextSplit
 from polyprompt.token_store import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of padding: the loss passes over it."""
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """One example as token ids, both ending in </s>."""
-
-    input_ids: list[int]
-    target_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -122,6 +116,11 @@ class Split:
         """Target tokens of every example."""
         return self._lengths("target_ids")
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The longest input and the longest target, in tokens."""
+        return int(self.input_lengths.max()), int(self.target_lengths.max())
+
     def _lengths(self, column: str) -> npt.NDArray[np.int32]:
         return pc.list_value_length(self._table.data.column(column)).to_numpy().astype(np.int32)
 
@@ -134,6 +133,14 @@ class Split:
     def num_cut_targets(self) -> int:
         """How many targets were longer than the limit."""
         return int(self._meta["splits"][self.name]["num_cut_targets"])
+
+    def size(self, index: int, seed: int) -> tuple[int, int]:
+        """Return the input and target tokens of an example; the seed shapes none."""
+        return int(self.input_lengths[index]), int(self.target_lengths[index])
+
+    def row(self, index: int, seed: int) -> TokenRow:
+        """Return the token ids of an example; the seed shapes none."""
+        return self.rows([index])[0]
 
     def rows(self, indices: Iterable[int]) -> list[TokenRow]:
         """Return the token ids of the examples."""
@@ -172,15 +179,33 @@ class TaskData:
     digest: str
 
 
+@dataclass(frozen=True)
+class TextData:
+    """Plain text with its two splits; one that is only evaluated on has an empty `train`."""
+
+    task: TextTask
+    train: TextSplit
+    validation: TextSplit
+    digest: str
+
+
+AnyData = TaskData | TextData
+
+
 def prepare(
-    config: RunConfig, tasks: Sequence[Task], tokenizer: Tokenizer, *, max_input_tokens: int
-) -> tuple[TaskData, ...]:
+    config: RunConfig, tasks: Sequence[Task | TextTask], tokenizer: Tokenizer, *, max_input_tokens: int
+) -> tuple[AnyData, ...]:
     """Read and tokenise every task, or open what an earlier run left in `data.cache_dir`.
 
     Inputs longer than max_input_tokens and targets longer than `data.max_target_tokens` are cut and keep their </s>.
     Raises DataError naming file, line and field for a bad row, and for an empty split or a choice that would be cut.
     """
-    return tuple(_prepare(config.data, task, tokenizer, max_input_tokens) for task in tasks)
+    return tuple(
+        _prepare_text(config.data, task, tokenizer, max_input_tokens)
+        if isinstance(task, TextTask)
+        else _prepare(config.data, task, tokenizer, max_input_tokens)
+        for task in tasks
+    )
 
 
 def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tokens: int) -> TaskData:
@@ -212,16 +237,69 @@ def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tok
     return data
 
 
+def _prepare_text(config: DataConfig, task: TextTask, tokenizer: Tokenizer, max_input_tokens: int) -> TextData:
+    identity = {
+        "format": token_store.FORMAT,
+        "source": _text_identity(task),
+        "tokenizer": _tokenizer_identity(tokenizer),
+    }
+    text = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    folder = _cache_folder(config) / text
+    if not token_store.is_whole(folder):
+        text_store.write(folder, task.name, _text(task), tokenizer)
+    objective = text_store.objective(task, tokenizer, task.input_tokens or max_input_tokens)
+    limits = {"train": config.max_train_examples, "validation": config.max_validation_examples}
+    train, validation = (TextSplit(folder, name, objective, limits[name]) for name in ("train", "validation"))
+    if (task.has_train and not len(train)) or not len(validation):
+        short = "validation" if len(train) or not task.has_train else "train"
+        raise DataError(
+            f"{task.name}: the {short} text is shorter than the {objective.window} tokens of two inputs. Give more "
+            "text, lower its input_tokens, or raise held_out"
+        )
+    digest = hashlib.sha256(repr((text, objective, limits)).encode()).hexdigest()[:20]
+    return TextData(task, train, validation, digest)
+
+
+def _text(task: TextTask) -> dict[str, Iterator[str]]:
+    """Return the lines of each split, "" behind each document."""
+    if not isinstance(task.source, HubSource):
+        return text_store.lines(task.source, task.field)
+    return {
+        split: sources.row_lines(_hub_rows(task.source, split), task.field)
+        for split in (task.train_split, task.validation_split)
+    }
+
+
+def _text_identity(task: TextTask) -> str:
+    if isinstance(task.source, HubSource):
+        return f"{task.field} {_hub_identity(task.source, (task.train_split, task.validation_split))}"
+    files = {name: [sources.content_hash(p) for p in paths] for name, paths in sorted(task.source.files.items())}
+    return f"{task.field} {task.source.held_out} {files}"
+
+
 def _cache_folder(config: DataConfig) -> Path:
     root = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyprompt"
     return root.expanduser().absolute()
 
 
-def majority(data: TaskData) -> dict[str, float]:
-    """Return the task's validation metrics of always saying the most frequent training target."""
+def majority(data: AnyData) -> dict[str, float]:
+    """Return the task's validation metrics of always saying the most frequent training target.
+
+    Of text: those of the best unigram model there can be, the one fitted to the validation targets themselves.
+    """
+    if isinstance(data, TextData):
+        return text_metrics(data.validation.unigram_loss())
     target, _ = Counter(data.train.targets()).most_common(1)[0]
     references = data.validation.examples(range(len(data.validation)))
     return compute(data.task.metrics, [target] * len(references), references)
+
+
+def text_metrics(loss: float) -> dict[str, float]:
+    """Return the metrics of text. loss: mean negative log-likelihood of a target token, in nats.
+
+    The score is 1/perplexity, the (geometric) mean probability that the model gives to the right token.
+    """
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "score": math.exp(-loss)}
 
 
 def read_examples(task: Task, split: str) -> Iterator[tuple[sources.Origin, Example]]:
@@ -238,8 +316,12 @@ def _rows(task: Task, split: str) -> Iterator[tuple[sources.Origin, Row]]:
     if not isinstance(task.source, HubSource):
         yield from sources.rows(task.source, split)
         return
-    for number, row in enumerate(_load(task.source, split), start=1):
-        yield f"{task.source.path} {task.source.config or ''} {split} row {number}", row
+    yield from _hub_rows(task.source, split)
+
+
+def _hub_rows(source: HubSource, split: str) -> Iterator[tuple[sources.Origin, Row]]:
+    for number, row in enumerate(_load(source, split), start=1):
+        yield f"{source.path} {source.config or ''} {split} row {number}", row
 
 
 def _load(source: HubSource, split: str) -> datasets.Dataset:
@@ -261,9 +343,13 @@ def _source_identity(task: Task) -> str:
     splits = (task.train_split, task.validation_split)
     if not isinstance(task.source, HubSource):
         return sources.fingerprint(task.source, splits)
+    return _hub_identity(task.source, splits)
+
+
+def _hub_identity(source: HubSource, splits: Sequence[str]) -> str:
     content = hashlib.sha256()
     for split in splits:
-        for batch in _load(task.source, split).data.to_batches():
+        for batch in _load(source, split).data.to_batches():
             content.update(batch.serialize())
     return content.hexdigest()
 

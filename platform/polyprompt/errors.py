@@ -28,7 +28,15 @@ class TrackingError(PolypromptError):
 
 
 class TrainingError(PolypromptError):
-    """Training cannot go on: the loss is not finite, or the workers cannot be had."""
+    """Training cannot go on: the workers cannot be had, or the loss is not finite."""
+
+
+class NotFiniteError(TrainingError):
+    """The loss or the gradient is not finite."""
+
+
+class StoppedError(PolypromptError):
+    """The run was told to stop, by a search or its user. Its bundles are kept, and it can go on from them."""
 
 
 def hint(name: str, known: Iterable[str]) -> str:

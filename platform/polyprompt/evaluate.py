@@ -1,11 +1,12 @@
 """Scores a model on the validation splits: predictions, then each task's official metrics, then their mean."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from polyprompt.config import RunConfig
-from polyprompt.data import Split, TaskData, collate, length_batches
+from polyprompt.data import AnyData, Split, TaskData, TextData, collate, length_batches, text_metrics
 from polyprompt.loop import Scores
 from polyprompt.model import PromptedModel
 from polyprompt.tasks import metrics
@@ -13,11 +14,16 @@ from polyprompt.workers import Workers
 
 
 @torch.inference_mode()
-def evaluate(model: PromptedModel, data: Sequence[TaskData], config: RunConfig, workers: Workers) -> Scores:
+def evaluate(model: PromptedModel, data: Sequence[AnyData], config: RunConfig, workers: Workers) -> Scores:
     """Score every task. The batches are the same for any number of workers, which take turns at them."""
     was_training = model.training
     model.eval()
-    scores = {task.task.name: _task_scores(model, index, task, config, workers) for index, task in enumerate(data)}
+    scores = {
+        task.task.name: _text_scores(model, index, task, config, workers)
+        if isinstance(task, TextData)
+        else _task_scores(model, index, task, config, workers)
+        for index, task in enumerate(data)
+    }
     model.train(was_training)
     return scores
 
@@ -27,7 +33,7 @@ def _task_scores(
 ) -> dict[str, float]:
     split = data.validation
     predicted: dict[int, str] = {}
-    longest_target = int(data.train.target_lengths.max())
+    longest_target = data.train.longest[1]
     for rows in workers.mine(length_batches(split.input_lengths, config.evaluate.batch_size)):
         predicted.update(zip(rows, _predict(model, index, split, rows, config, longest_target), strict=True))
     everywhere: dict[int, str] = {}
@@ -35,6 +41,22 @@ def _task_scores(
         everywhere.update(part)
     order = range(len(split))
     return metrics.compute(data.task.metrics, [everywhere[i] for i in order], split.examples(order))
+
+
+def _text_scores(
+    model: PromptedModel, index: int, data: TextData, config: RunConfig, workers: Workers
+) -> dict[str, float]:
+    """Return the loss of the held-out text, a mean over its target tokens."""
+    split, device = data.validation, next(model.parameters()).device
+    parts: list[tuple[int, float]] = []
+    for rows in workers.mine(length_batches(split.input_lengths, config.evaluate.batch_size)):
+        batch = collate(split.rows(rows), [index] * len(rows), model.backbone.tokenizer.pad_token_id).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            loss = model(batch.input_ids_BT, batch.mask_BT, batch.labels_BS, batch.task_B)
+        parts += zip(rows, loss.nll_B.tolist(), strict=True)
+    # Summed in the order of the rows, whichever process scored them.
+    everywhere = dict(pair for part in workers.gather(parts) for pair in part)
+    return text_metrics(math.fsum(everywhere.values()) / int(split.target_lengths.sum()))
 
 
 def _predict(

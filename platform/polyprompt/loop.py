@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from polyprompt.batches import Batches, GlobalBatch
 from polyprompt.config import RunConfig
-from polyprompt.errors import TrainingError
+from polyprompt.errors import NotFiniteError
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.workers import Workers
@@ -185,7 +185,7 @@ def _step(optim: Optim, totals: Tensor, batch: GlobalBatch, tasks: Sequence[str]
         return norm
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
     in_batch = ", ".join(f"{tasks[task]} ({rows} rows)" for task, rows in sorted(batch.task_rows.items()))
-    raise TrainingError(
+    raise NotFiniteError(
         f"{what} at step {batch.step}; tasks in the batch: {in_batch}; last good bundle: {reporter.last_good()}. "
         "Lower train.learning_rate, lengthen train.warmup_ratio, or set train.precision=fp32, and start a new run"
     )

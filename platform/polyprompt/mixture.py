@@ -33,8 +33,13 @@ def random_seed(*key: int | str) -> int:
 
 
 def rates(config: MixtureConfig, sizes: Sequence[int], weights: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Return the wanted share of each task; they sum to 1. sizes: training examples. weights: of the tasks."""
-    share = np.asarray(weights, dtype=float)
+    """Return the wanted share of each task; they sum to 1, and are 0 where there is nothing to train on.
+
+    sizes: training examples. weights: of the tasks.
+    """
+    if not any(sizes):
+        raise ConfigError("tasks: none of them has a training example; give train files to one at least")
+    share = np.where(np.asarray(sizes) > 0, np.asarray(weights, dtype=float), 0.0)
     if config.kind == "proportional":
         share = share * np.minimum(sizes, config.cap or np.inf).astype(float) ** (1.0 / config.temperature)
     return share / share.sum()
@@ -44,11 +49,11 @@ class Mixture:
     """The endless training stream over several tasks."""
 
     def __init__(self, shares: Sequence[float] | npt.NDArray[np.float64], sizes: Sequence[int], seed: int) -> None:
-        """shares: wanted share of each task (see `rates`). sizes: training examples of each task, all positive."""
+        """shares: wanted share of each task (see `rates`), 0 for a task that is never drawn. sizes: their examples."""
         if len(sizes) > BLOCK:
             raise ConfigError(f"a mixture holds at most {BLOCK} tasks, not {len(sizes)}")
-        if min(sizes) < 1:
-            raise ConfigError("a mixture needs at least one training example of every task")
+        if any(share > 0 and size < 1 for share, size in zip(shares, sizes, strict=True)):
+            raise ConfigError("a mixture needs at least one training example of every task that it draws from")
         self.sizes = list(sizes)
         self.seed = seed
         self.quota = _largest_remainder(np.asarray(shares, dtype=float), BLOCK)
@@ -90,9 +95,9 @@ class Mixture:
 
 
 def _largest_remainder(shares: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
-    """Round shares · total to integers that sum to total, none below one."""
+    """Round shares · total to integers that sum to total, none below one but for shares of 0."""
     exact = shares / shares.sum() * total
-    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    counts = np.maximum(np.floor(exact).astype(np.int64), exact > 0)
     while counts.sum() > total:
         counts[np.argmax(counts - exact + (counts > 1) * total)] -= 1
     for task in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:

@@ -10,7 +10,8 @@ from polyprompt import backbone as backbones
 from polyprompt import methods
 from polyprompt.batches import task_weights
 from polyprompt.config import RunConfig
-from polyprompt.data import TaskData, majority, prepare
+from polyprompt.costs import inference_flops, median_lengths
+from polyprompt.data import AnyData, majority, prepare
 from polyprompt.errors import ConfigError
 from polyprompt.mixture import Mixture, rates
 from polyprompt.model import PromptedModel, input_limit
@@ -19,19 +20,21 @@ from polyprompt.tasks import catalog
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. backbone: its identity. memory_bytes: estimated, one worker's, by part. shares: of the mixture."""
+    """A checked run. backbone: its identity. inference_flops: of one row of median length. memory_bytes: estimated,
+    one worker's, by part. shares: of the mixture."""
 
     backbone: Mapping[str, Any]
-    data: Sequence[TaskData]
+    data: Sequence[AnyData]
     num_trained_parameters: int
     num_method_parameters: int
     num_backbone_parameters: int
+    inference_flops: int
     memory_bytes: Mapping[str, int]
     shares: Mapping[str, float]
     majority: Mapping[str, Mapping[str, float]]
 
 
-def build(config: RunConfig) -> tuple[PromptedModel, Sequence[TaskData]]:
+def build(config: RunConfig) -> tuple[PromptedModel, Sequence[AnyData]]:
     """Build the model (CPU, initial weights from the seed) and the tokenised data. The same on every process.
 
     Raises ConfigError or DataError naming what does not fit. Data that is already in the cache is not read again.
@@ -65,13 +68,14 @@ def plan(config: RunConfig) -> Plan:
         num_trained_parameters=counts.trained,
         num_method_parameters=counts.method,
         num_backbone_parameters=counts.backbone,
+        inference_flops=inference_flops(model, *median_lengths(data)),
         memory_bytes=memory(config, model, data),
         shares=dict(zip(names, mixture.realised_shares(), strict=True)),
         majority={task.task.name: majority(task) for task in data},
     )
 
 
-def memory(config: RunConfig, model: PromptedModel, data: Sequence[TaskData]) -> dict[str, int]:
+def memory(config: RunConfig, model: PromptedModel, data: Sequence[AnyData]) -> dict[str, int]:
     """Estimate the bytes one worker needs while training, by part.
 
     Activations: 34·tokens·H + 5·N·tokens² bytes a layer in half precision (Korthikanti et al. 2022, "Reducing
@@ -86,12 +90,12 @@ def memory(config: RunConfig, model: PromptedModel, data: Sequence[TaskData]) ->
     moments = elements * 8 if config.train.optimizer == "adamw" else sum(_adafactor_bytes(p) for p in trained)
     rows = -(-config.train.batch_size // config.train.num_shards)
     rows = -(-rows // config.train.gradient_accumulation_steps)
-    length = max(int(task.train.input_lengths.max()) for task in data) + model.method.input_length
+    length = max(task.train.longest[0] for task in data) + model.method.input_length
     dims = model.backbone.dims(len(data))
     half = 0
     for stack, tokens in (
         (dims.encoder, length),
-        (dims.decoder, max(int(task.train.target_lengths.max()) for task in data)),
+        (dims.decoder, max(task.train.longest[1] for task in data)),
     ):
         if stack is not None:
             layer = 34 * tokens * dims.hidden + 5 * stack.num_heads * tokens**2

@@ -19,7 +19,7 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,21 +29,30 @@ import torch
 import polyprompt
 from polyprompt import checkpoint, report, run_folder, tracking
 from polyprompt.config import RunConfig
-from polyprompt.errors import ConfigError, PolypromptError, TrainingError
+from polyprompt.errors import ConfigError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult
 from polyprompt.run_folder import RunFolder
 from polyprompt.worker import LOG, PROGRESS, Job, Outcome, train
 
 POINTER = "bundle.json"
+PLACEMENT = "placement_group"
 
 
-def run(config: RunConfig, *, out: Path | None = None, say: Callable[[str], None] = print) -> RunResult:
+def run(
+    config: RunConfig,
+    *,
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
+    stop: Path | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> RunResult:
     """Train one model on many tasks and leave a complete record of it.
 
-    out: folder for result.json, tables and plots (None: runs/<name>). say: takes lines for the user.
+    out: folder for result.json, tables and plots (None: runs/<name>). say: takes lines for the user. stop: a file whose
+    appearance ends the run at its next logged step or bundle. tags: further tags of the tracking run.
     A run that was stopped goes on from its newest bundle; a finished one is returned as it is.
-    Raises ConfigError, DataError, BundleError or TrackingError before training, TrainingError from it.
+    Raises ConfigError, DataError, BundleError or TrackingError before training, TrainingError or StoppedError from it.
     """
     place = run_folder.choose(config, out)
     run_folder.check(place, config)
@@ -54,10 +63,17 @@ def run(config: RunConfig, *, out: Path | None = None, say: Callable[[str], None
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
     checked = plan(config)
     with run_folder.claim(place):
-        return _run(config, place, checked, say)
+        return _run(config, place, checked, say, stop, tags or {})
 
 
-def _run(config: RunConfig, place: RunFolder, checked: Plan, say: Callable[[str], None]) -> RunResult:
+def _run(
+    config: RunConfig,
+    place: RunFolder,
+    checked: Plan,
+    say: Callable[[str], None],
+    stop: Path | None,
+    tags: Mapping[str, str],
+) -> RunResult:
     digests = {task.task.name: task.digest for task in checked.data}
     run_folder.check_data(place, digests)
     newest = checkpoint.newest_whole(place.bundles)
@@ -67,14 +83,14 @@ def _run(config: RunConfig, place: RunFolder, checked: Plan, say: Callable[[str]
     # Recorded before the tracking store is asked, so that a start which fails there can be repeated.
     run_id = place.record().get("run_id", "")
     place.write_record(config, digests, run_id)
-    handle = _open_tracking(config, checked, place.name, run_id)
+    handle = _open_tracking(config, checked, place.name, run_id, tags)
     if handle is not None:
         place.write_record(config, digests, handle.run_id)
     (place.out / "config.yaml").write_text(config.to_yaml())
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     closing: dict[str, float] = {}
     try:
-        job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit())
+        job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit(), stop=stop)
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
         with _progress(place, config.train.max_steps):
@@ -84,7 +100,7 @@ def _run(config: RunConfig, place: RunFolder, checked: Plan, say: Callable[[str]
         status = "FINISHED"
         closing = {"eval/best_mean": result.mean}
         return result
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
         raise
     finally:
@@ -113,7 +129,8 @@ def _train_with_ray(job: Job) -> Outcome:
     # NCCL refuses two ranks on one GPU.
     backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
     storage = job.folder / "ray"
-    with _cluster(compute.num_workers * compute.cpus_per_worker):
+    with cluster(compute.num_workers * compute.cpus_per_worker):
+        release(job.folder)
         gpus = compute.num_workers * compute.gpus_per_worker
         if compute.use_gpu and not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < gpus:
             raise ConfigError(
@@ -146,8 +163,10 @@ def _train_with_ray(job: Job) -> Outcome:
                 f"{job.bundles} are kept: mend the cause and start the same command again to go on"
             ) from error
         finally:
-            signal.signal(signal.SIGINT, handler)  # Ray Train puts its own and leaves it
+            if threading.current_thread() is threading.main_thread():  # elsewhere Ray Train puts none
+                signal.signal(signal.SIGINT, handler)  # Ray Train puts its own and leaves it
             shutil.rmtree(storage, ignore_errors=True)  # pointers only
+            (job.folder / PLACEMENT).unlink(missing_ok=True)
     if isinstance(answer, PolypromptError):
         raise answer
     assert isinstance(answer, Outcome)
@@ -159,32 +178,60 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
     import ray.train
     from ray.train.torch import get_device
 
+    first = ray.train.get_context().get_world_rank() == 0
+    job, group = settings["job"], ray.util.get_current_placement_group()
+    if first and group is not None:
+        (job.folder / PLACEMENT).write_text(group.id.hex())
+
     def announce(metrics: Mapping[str, float], bundle: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / POINTER).write_text(json.dumps({"bundle": str(bundle)}))
             pointer = ray.train.Checkpoint.from_directory(folder)
-            first = ray.train.get_context().get_world_rank() == 0
             ray.train.report(dict(metrics), checkpoint=pointer if first else None)
 
     try:
-        return train(settings["job"], get_device(), announce)
+        return train(job, get_device(), announce)
     except PolypromptError as error:
         return error
 
 
+def release(folder: Path) -> None:
+    """Free the workers' places on the cluster that a killed run in this folder left reserved.
+
+    Ray Train's own cleaner finds out through the dashboard, and never where there is none: the next run would wait for
+    those CPUs for ever. The caller must know that the run is dead.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    file = folder / PLACEMENT
+    if not file.is_file() or not ray.is_initialized():
+        return
+    group = PlacementGroup(PlacementGroupID(bytes.fromhex(file.read_text())))
+    # A group of another cluster is not known in this one.
+    if placement_group_table(group).get("state") not in (None, "REMOVED"):
+        remove_placement_group(group)
+    file.unlink(missing_ok=True)
+
+
 @contextmanager
-def _cluster(num_cpus: int) -> Iterator[None]:
-    """Join the cluster of $RAY_ADDRESS, or the one this process is in, or start one on this machine and end it."""
+def cluster(num_cpus: int, py_modules: Sequence[Path] = ()) -> Iterator[None]:
+    """Join the cluster of $RAY_ADDRESS, or the one this process is in, or start one on this machine and end it.
+
+    num_cpus: that one started here has at least. py_modules: packages that the workers need beside this one.
+    """
     import ray
 
     if ray.is_initialized():
         yield
         return
     package = Path(polyprompt.__file__).parent
-    environment: dict[str, Any] = {}
-    if "site-packages" not in package.parts:
-        environment["py_modules"] = [str(package)]
-    if os.environ.get("RAY_ADDRESS"):
+    shipped = [*(() if "site-packages" in package.parts else (package,)), *py_modules]
+    environment: dict[str, Any] = {"py_modules": [str(path) for path in shipped]} if shipped else {}
+    if address := os.environ.get("RAY_ADDRESS"):
+        if "://" not in address and ":" in address:  # Ray Train's cleaner asks for the cluster by this variable
+            environment["env_vars"] = {"RAY_ADDRESS": address}
         ray.init(runtime_env=environment, log_to_driver=False)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -244,7 +291,9 @@ def _progress(place: RunFolder, max_steps: int) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _open_tracking(config: RunConfig, checked: Plan, name: str, run_id: str) -> tracking.RunHandle | None:
+def _open_tracking(
+    config: RunConfig, checked: Plan, name: str, run_id: str, tags: Mapping[str, str]
+) -> tracking.RunHandle | None:
     if not config.tracking.enabled:
         return None
     return tracking.open_run(
@@ -254,6 +303,7 @@ def _open_tracking(config: RunConfig, checked: Plan, name: str, run_id: str) -> 
             "backbone_sha256": str(checked.backbone["sha256"]),
             "git_commit": checkpoint.git_commit(),
             "num_trained_parameters": str(checked.num_trained_parameters),
+            **tags,
         },
         datasets=[
             tracking.DataInput(
@@ -266,6 +316,7 @@ def _open_tracking(config: RunConfig, checked: Plan, name: str, run_id: str) -> 
             )
             for task in checked.data
             for split in (task.train, task.validation)
+            if len(split)
         ],
         run_id=run_id or None,
     )
@@ -303,6 +354,7 @@ def _result(
         last_bundle=str(outcome.last_bundle),
         stopped_early=state.stopped_early,
         evaluations=state.evaluations,
+        inference_flops=checked.inference_flops,
     )
 
 

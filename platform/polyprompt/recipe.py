@@ -10,18 +10,23 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, TaskConfig, long_form
+from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, TaskConfig, TextTaskConfig, long_form
 from polyprompt.errors import ConfigError, hint
 
 
 def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read recipes, merge them left to right, apply "key.sub=value" overrides and check the result.
+    """Read recipes, merge them left to right, apply "key.sub=value" overrides and check the result (see `merge`)."""
+    return check(merge([read(path) for path in recipes], overrides))
+
+
+def merge(tables: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Merge tables left to right, then "key.sub=value" overrides, and resolve interpolations; nothing is checked.
 
     Lists are replaced, tables are merged. A layer that names another method starts a fresh `method` table, because
     the old method's keys do not fit it. Relative paths inside a recipe's task `files` belong to the working folder.
     Raises ConfigError naming the key, the value and the nearest known name.
     """
-    layers = [long_form(_read(path)) for path in recipes]
+    layers = [long_form(table) for table in tables]
     if overrides:
         bad = [o for o in overrides if "=" not in o or o.startswith("-")]
         if bad:
@@ -40,10 +45,9 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
         except (OmegaConfBaseException, TypeError) as error:
             raise ConfigError(f"recipes cannot be merged: {error}") from error
     try:
-        resolved = _table(OmegaConf.create(merged), resolve=True)
+        return _table(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe interpolation failed: {error}") from error
-    return check(resolved)
 
 
 def check(data: Mapping[str, Any]) -> RunConfig:
@@ -94,7 +98,8 @@ def _table(config: Any, *, resolve: bool = False) -> dict[str, Any]:
     return {str(key): value for key, value in table.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Read one YAML file. Raises ConfigError if it is absent, no YAML, or no table."""
     if not path.is_file():
         near = hint(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         raise ConfigError(f"recipe {path} does not exist.{near}")
@@ -142,8 +147,8 @@ def _siblings(loc: Sequence[Any]) -> list[str]:
             continue
         if part in METHOD_NAMES:
             model = next(c for c in get_args(get_args(MethodConfig)[0]) if c.model_fields["name"].default == part)
-        elif part == "task" and model is RunConfig:
-            model = TaskConfig
+        elif part in ("task", "text") and model is RunConfig:
+            model = TaskConfig if part == "task" else TextTaskConfig
         elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
             annotation = model.model_fields[part].annotation
             nested = [

@@ -1,16 +1,18 @@
 """Rows from files and generators, each with its origin ("file:line"), in the order in which they stand there."""
 
 import csv
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from polyprompt.errors import DataError
+from polyprompt.tasks.fields import get
 from polyprompt.tasks.records import FileSource, GeneratedSource, Row
 
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -33,7 +35,54 @@ def fingerprint(source: FileSource | GeneratedSource, splits: tuple[str, ...]) -
     """Return what identifies the content of the splits: the files' hashes, or the generator's version."""
     if isinstance(source, GeneratedSource):
         return f"generated {source.version}"
-    return " ".join(_content_hash(_path(source, split)) for split in splits)
+    return " ".join(content_hash(_path(source, split)) for split in splits)
+
+
+def text_lines(path: Path, field: str) -> Iterator[str]:
+    """Yield the lines of a file's documents, "" behind each document.
+
+    .txt and .txt.gz: an empty line ends a document. .jsonl, .jsonl.gz and .parquet: the field of a row is one.
+    Raises DataError naming file and line for text that cannot be read.
+    """
+    if path.name.lower().endswith((".txt", ".txt.gz")):
+        yield from _plain_lines(path)
+    else:
+        yield from row_lines(_rows(path) if path.suffix != ".gz" else _jsonl(path), field)
+
+
+def row_lines(rows: Iterator[tuple[Origin, Row]], field: str) -> Iterator[str]:
+    """Yield the lines of each row's text, "" behind it. Raises DataError for a field that is missing or no text."""
+    for origin, row in rows:
+        try:
+            text = get(row, field)
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from error
+        if not isinstance(text, str):
+            raise DataError(f"{origin}: field {field!r} is a {type(text).__name__}; expected text")
+        yield from (line for line in text.splitlines() if line.strip())
+        yield ""
+
+
+def _plain_lines(path: Path) -> Iterator[str]:
+    inside = False
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}:{number}: not UTF-8 text: {error}") from error
+                if text or inside:
+                    yield text
+                inside = bool(text)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if inside:
+        yield ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _path(source: FileSource, split: str) -> Path:
@@ -45,13 +94,16 @@ def _path(source: FileSource, split: str) -> Path:
     return path
 
 
-def _content_hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_rows(source: FileSource, split: str) -> Iterator[tuple[Origin, Row]]:
-    path = _path(source, split)
+    return _rows(_path(source, split))
+
+
+def _rows(path: Path) -> Iterator[tuple[Origin, Row]]:
     match path.suffix.lower():
         case ".jsonl":
             return _jsonl(path)
@@ -63,7 +115,7 @@ def _file_rows(source: FileSource, split: str) -> Iterator[tuple[Origin, Row]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[Origin, Row]]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             origin = f"{path}:{number}"
             if not line.strip():

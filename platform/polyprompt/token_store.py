@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ Tokenizer = Any
 """A tokenizer of transformers, which this room does not import."""
 
 #: Raise it when the files change their form or meaning.
-FORMAT = 1
+FORMAT = 2
 _CHUNK_EXAMPLES = 1000
 _TOKENS = pa.list_(pa.int32())
 # choices and choice_ids are null where they are the task's own, which meta.json holds once.
@@ -40,7 +41,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -50,7 +51,7 @@ def is_whole(folder: Path) -> bool:
     """Does the folder hold everything that was written to it?"""
     try:
         splits = read_meta(folder)["splits"]
-        return all((folder / f"{name}.arrow").stat().st_size == split["num_bytes"] for name, split in splits.items())
+        return all((folder / split["file"]).stat().st_size == split["num_bytes"] for split in splits.values())
     except (OSError, ValueError, KeyError):
         return False
 
@@ -58,6 +59,24 @@ def is_whole(folder: Path) -> bool:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return the task's choices, their token ids, and for each split its counts."""
     return json.loads((folder / "meta.json").read_text())
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Hand out a folder aside, and rename it to `folder` once it is filled: no process ever sees half of it.
+
+    It must get a meta.json with "splits": name → {"file", "num_bytes", …}. Raises DataError if the disk refuses.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    except OSError as error:
+        raise DataError(f"data.cache_dir: cannot write to {folder.parent}: {error}; set another folder") from error
+    try:
+        yield aside
+        _put(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -70,23 +89,15 @@ class Writer:
     max_target_tokens: int
 
     def write(self, folder: Path, splits: Mapping[str, Iterable[tuple[str, Example]]]) -> None:
-        """Write the folder aside and rename it, so that no process ever sees half of it.
+        """Write the folder. splits: for each name the examples with their origins.
 
-        splits: for each name the examples with their origins. Raises DataError for a split without examples.
+        Raises DataError for a split without examples.
         """
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-        except OSError as error:
-            raise DataError(f"data.cache_dir: cannot write to {folder.parent}: {error}; set another folder") from error
-        try:
+        with writing(folder) as aside:
             choice_ids = self._task_choice_ids()
             counts = {name: self._write_split(aside / f"{name}.arrow", name, splits[name]) for name in splits}
             meta = {"choices": self.task.choices, "choice_ids": choice_ids, "splits": counts}
             (aside / "meta.json").write_text(json.dumps(meta))
-            _put(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
     def _task_choice_ids(self) -> list[list[int]]:
         ids = self._choice_ids(self.task.choices, self.task.name)
@@ -96,7 +107,7 @@ class Writer:
         return ids
 
     def _choice_ids(self, choices: Sequence[str], origin: str) -> list[list[int]]:
-        ids = [[*row, self.tokenizer.eos_token_id] for row in _tokens(self.tokenizer, choices)]
+        ids = [[*row, self.tokenizer.eos_token_id] for row in tokens(self.tokenizer, choices)]
         for choice, row in zip(choices, ids, strict=True):
             if len(row) > self.max_target_tokens:
                 raise DataError(
@@ -105,10 +116,10 @@ class Writer:
                 )
         return ids
 
-    def _write_split(self, path: Path, name: str, examples: Iterable[tuple[str, Example]]) -> dict[str, int]:
+    def _write_split(self, path: Path, name: str, examples: Iterable[tuple[str, Example]]) -> dict[str, Any]:
         counts = {"num_examples": 0, "num_cut_inputs": 0, "num_cut_targets": 0}
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as stream:
-            for chunk in _tracked(_chunks(examples), f"{self.task.name} {name}"):
+            for chunk in tracked(_chunks(examples), f"{self.task.name} {name}"):
                 columns = self._columns(chunk, counts)
                 stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
         if counts["num_examples"] == 0:
@@ -117,12 +128,12 @@ class Writer:
             raise DataError(
                 f"{self.task.name}: the {name} split has no examples: {where} is empty. Expected one row or more"
             )
-        return {**counts, "num_bytes": path.stat().st_size}
+        return {**counts, "file": path.name, "num_bytes": path.stat().st_size}
 
     def _columns(self, chunk: Sequence[tuple[str, Example]], counts: dict[str, int]) -> dict[str, list[Any]]:
         examples = [example for _, example in chunk]
-        inputs = _tokens(self.tokenizer, [e.input for e in examples])
-        targets = _tokens(self.tokenizer, [e.target for e in examples])
+        inputs = tokens(self.tokenizer, [e.input for e in examples])
+        targets = tokens(self.tokenizer, [e.target for e in examples])
         counts["num_examples"] += len(examples)
         counts["num_cut_inputs"] += sum(len(ids) >= self.max_input_tokens for ids in inputs)
         counts["num_cut_targets"] += sum(len(ids) >= self.max_target_tokens for ids in targets)
@@ -159,7 +170,7 @@ def _chunks(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str,
         yield chunk
 
 
-def _tracked(chunks: Iterable[Any], description: str) -> Iterable[Any]:
+def tracked(chunks: Iterable[Any], description: str) -> Iterable[Any]:
     """Show that work goes on, where someone watches."""
     console = Console(stderr=True)
     return track(chunks, f"tokenising {description}", console=console, transient=True, disable=not sys.stderr.isatty())

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from polyprompt import __version__
 from polyprompt.config import RunConfig, TrackingConfig, shapes_result
 from polyprompt.errors import TrackingError
-from polyprompt.tasks.records import FileSource, HubSource, Source
+from polyprompt.tasks.records import FileSource, HubSource, Source, TextSource
 
 LOGGER = logging.getLogger(__name__)
 # MLflow's own limits (mlflow.utils.validation).
@@ -54,7 +54,7 @@ class DataInput:
     context: Literal["train", "validation"]
     digest: str
     num_examples: int
-    source: Source
+    source: Source | TextSource
     split: str
 
 
@@ -343,7 +343,7 @@ def _log_datasets(client: Any, run_id: str, datasets: Sequence[DataInput]) -> No
         client.log_inputs(run_id, inputs)
 
 
-def _mlflow_source(source: Source, split: str) -> tuple[str, dict[str, Any]]:
+def _mlflow_source(source: Source | TextSource, split: str) -> tuple[str, dict[str, Any]]:
     """Return a source in the fields that mlflow.data.get_source reads."""
     match source:
         case HubSource():
@@ -351,6 +351,9 @@ def _mlflow_source(source: Source, split: str) -> tuple[str, dict[str, Any]]:
             return "hugging_face", {**where, "split": source.splits[split], "data_dir": None, "data_files": None}
         case FileSource():
             return "local", {"uri": str(source.files[split])}
+        case TextSource():
+            paths = source.files.get(split) or source.files["train"]  # held out of the training files
+            return "local", {"uri": " ".join(map(str, paths))}
     generator = getattr(source.rows, "func", source.rows)  # a partial names its function
     return "code", {
         "tags": {"generator": f"{generator.__module__}.{generator.__qualname__}", "version": source.version}

@@ -20,8 +20,8 @@ import torch
 from polyprompt import checkpoint
 from polyprompt.batches import Batches
 from polyprompt.config import RunConfig
-from polyprompt.data import TaskData
-from polyprompt.errors import PolypromptError
+from polyprompt.data import AnyData
+from polyprompt.errors import PolypromptError, StoppedError
 from polyprompt.evaluate import evaluate
 from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
@@ -34,7 +34,7 @@ from polyprompt.workers import Workers
 
 PROGRESS, METRICS, LOG = "progress.json", "metrics.jsonl", "run.log"
 FLUSH_SECONDS = 10.0
-Start = tuple[PromptedModel, Sequence[TaskData], Optim, Mapping[str, Any], TrainState, list[Any]]
+Start = tuple[PromptedModel, Sequence[AnyData], Optim, Mapping[str, Any], TrainState, list[Any]]
 Announce = Callable[[Mapping[str, float], Path], None]
 
 
@@ -46,6 +46,8 @@ class Job:
     folder: Path
     handle: RunHandle | None
     commit: str = ""
+    #: A file whose appearance ends the run.
+    stop: Path | None = None
 
     @property
     def bundles(self) -> Path:
@@ -79,6 +81,7 @@ class RunReporter:
             draft = self.job.folder / f".{PROGRESS}.tmp"
             draft.write_text(json.dumps({"step": step, "loss": loss, "examples_per_second": examples_per_second}))
             os.replace(draft, self.job.folder / PROGRESS)
+        self._obey()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.tracker.log(step, values)
@@ -101,6 +104,12 @@ class RunReporter:
             )
             checkpoint.prune(self.job.bundles, state.kept_steps, self.job.config.train.save_total_limit)
         self.announce({"step": state.step, "loss": state.loss_curve[-1][1] if state.loss_curve else 0.0}, folder)
+        self._obey()
+
+    def _obey(self) -> None:
+        """End the run if it was told to stop; on all processes at once, whichever of them sees the file first."""
+        if self.job.stop is not None and any(self.workers.gather(self.job.stop.exists())):
+            raise StoppedError(f"{self.job.stop} asked the run to stop; last bundle: {self.last_good()}")
 
     def _flush(self) -> None:
         self.tracker.flush()

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from polyprompt.config import RunConfig, TaskConfig
+from polyprompt.config import RunConfig, TaskConfig, TextTaskConfig
 from polyprompt.errors import ConfigError, DataError, hint
 from polyprompt.tasks import embedded
 from polyprompt.tasks.custom import task_of
 from polyprompt.tasks.extras import EXTRAS
 from polyprompt.tasks.glue import GLUE
-from polyprompt.tasks.records import FileSource, Task
+from polyprompt.tasks.records import FileSource, Task, TextTask
 from polyprompt.tasks.super_glue import SUPER_GLUE
+from polyprompt.tasks.text import text_task_of
 
 CATALOGUE: Mapping[str, Task] = {task.name: task for task in (*GLUE, *SUPER_GLUE, *EXTRAS)}
 
@@ -19,7 +20,7 @@ CATALOGUE: Mapping[str, Task] = {task.name: task for task in (*GLUE, *SUPER_GLUE
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
-def resolve(config: RunConfig) -> tuple[Task, ...]:
+def resolve(config: RunConfig) -> tuple[Task | TextTask, ...]:
     """Return the config's tasks, in its order.
 
     With `data.root`, catalogue tasks are read from its folders; generated and user tasks keep their own source.
@@ -28,7 +29,9 @@ def resolve(config: RunConfig) -> tuple[Task, ...]:
     return tuple(_task(entry, config.data.root) for entry in config.tasks)
 
 
-def _task(entry: str | TaskConfig, root: Path | None) -> Task:
+def _task(entry: str | TaskConfig | TextTaskConfig, root: Path | None) -> Task | TextTask:
+    if isinstance(entry, TextTaskConfig):
+        return text_task_of(entry)
     if isinstance(entry, TaskConfig):
         return task_of(entry)
     known = known_tasks()

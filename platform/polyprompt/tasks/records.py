@@ -34,6 +34,14 @@ class Example:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """One example as token ids, both ending in </s>."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+
+
+@dataclass(frozen=True)
 class HubSource:
     """A data set on the Hugging Face hub, read from its parquet files (loading scripts no longer run)."""
 
@@ -62,6 +70,14 @@ Source = HubSource | FileSource | GeneratedSource
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """Plain text in files, by split. Without validation files the last `held_out` of each file's documents are kept."""
+
+    files: Mapping[str, tuple[Path, ...]]
+    held_out: float
+
+
+@dataclass(frozen=True)
 class Task:
     """A task of the mixture.
 
@@ -79,3 +95,27 @@ class Task:
     weight: float = 1.0
     train_split: str = "train"
     validation_split: str = "validation"
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Plain text of the mixture. `validation` alone: evaluated on, never trained on. field: of rows that hold text.
+
+    objective, noise_density and mean_span_length: see denoising.py. input_tokens: None for the run's own limit.
+    """
+
+    name: str
+    source: TextSource | HubSource
+    field: str
+    objective: str
+    input_tokens: int | None
+    noise_density: float
+    mean_span_length: float
+    weight: float = 1.0
+    train_split: str = "train"
+    validation_split: str = "validation"
+
+    @property
+    def has_train(self) -> bool:
+        """Is it trained on?"""
+        return isinstance(self.source, HubSource) or self.train_split in self.source.files

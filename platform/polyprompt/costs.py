@@ -1,0 +1,42 @@
+"""What one prediction costs: floating-point operations of a forward pass, in closed form.
+
+Letters: T input tokens with the input prompt, S target tokens, P prompt keys of a self-attention layer, H hidden size,
+A = heads times head size, F feed-forward size, V vocabulary, L layers, R routed prompts. f = 3 matrices in a gated
+feed-forward block, else 2. In multiply-adds:
+
+    encoder layer  4·H·A·T + 2·A·T·(T + P) + f·H·F·T
+    decoder layer  4·H·A·S + 2·A·S·(S + P) + 2·H·A·S + 2·H·A·T + 2·A·S·T + f·H·F·S
+    total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R
+
+One multiply-add is two operations. Norms, activations, softmax and embedding look-ups are left out, and so are
+hypernetworks: what they make depends on the task alone, so it is computed once, not for each prediction.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from polyprompt.data import AnyData
+from polyprompt.model import PromptedModel
+
+
+def inference_flops(model: PromptedModel, num_input_tokens: int, num_target_tokens: int) -> int:
+    """Return the operations of one row. num_input_tokens: without the prompt."""
+    config, method = model.backbone.model.config, model.method
+    lengths = method.prompt_lengths()
+    inputs, targets = num_input_tokens + method.input_length, num_target_tokens
+    hidden, inner = config.d_model, config.num_heads * config.d_kv
+    projection = hidden * inner
+    feed_forward = (3 if "gated" in config.feed_forward_proj else 2) * hidden * config.d_ff
+    encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + feed_forward)
+    own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + feed_forward)
+    cross = 2 * projection * (targets + inputs) + 2 * inner * targets * inputs
+    head = hidden * config.vocab_size * targets + hidden * method.num_routes
+    return 2 * (config.num_layers * encoder + config.num_decoder_layers * (own + cross) + head)
+
+
+def median_lengths(data: Sequence[AnyData]) -> tuple[int, int]:
+    """Return the median input and target tokens over the validation rows of all tasks."""
+    inputs = np.concatenate([task.validation.input_lengths for task in data])
+    targets = np.concatenate([task.validation.target_lengths for task in data])
+    return int(np.median(inputs)), int(np.median(targets))

@@ -1,0 +1,100 @@
+"""From a finished pre-training run to a backbone folder: weights, tokenizer and a model card."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from polyprompt import checkpoint
+from polyprompt.config import RunConfig, TextConfig, TextTaskConfig
+from polyprompt.data import AnyData, TextData, majority
+from polyprompt.evaluate import evaluate
+from polyprompt.loop import Scores
+from polyprompt.plan import build
+from polyprompt.result import RunResult
+from polyprompt.workers import Workers
+
+#: Points of the loss curve in a card.
+CURVE_POINTS = 12
+
+
+def export(config: RunConfig, result: RunResult, folder: Path) -> Path:
+    """Write the run's last weights as a folder that `backbone.name` takes, whole or not at all; return it.
+
+    The card states each text's loss before and after training; so the starting model is evaluated here.
+    """
+    model, data = build(config)
+    before = evaluate(model, data, config, Workers(config.train.num_shards, config.compute.gradient_sum))
+    model.load_trained_state(dict(checkpoint.read(Path(result.last_bundle)).tensors))
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.backbone.save(draft)
+    (draft / "README.md").write_text(card(config, result, data, before), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(draft, folder)
+    return folder
+
+
+def card(config: RunConfig, result: RunResult, data: Sequence[AnyData], before: Scores) -> str:
+    """Return the model card (Markdown): what it was trained on and how, its scores and its loss curve."""
+    parts = (_head(config, result), _corpus(config, result, data), _scores(result, data, before), _curve(result))
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def _head(config: RunConfig, result: RunResult) -> Iterator[str]:
+    train = config.train
+    start = "untrained weights in the shape" if config.backbone.init == "random" else "the weights"
+    yield "---\nlibrary_name: transformers\npipeline_tag: text2text-generation\n---\n"
+    yield f"# {result.name}\n"
+    yield (
+        f"An encoder-decoder of {result.num_backbone_parameters:,} parameters, trained by polyprompt's "
+        f"`jobs/pretrain.py` from {start} of `{Path(config.backbone.name).name}`: {result.num_steps:,} steps of "
+        f"{train.batch_size} rows, {round(result.tokens_per_second * result.train_seconds / 1e6):,} million input "
+        f"tokens, in {train.precision}; {train.optimizer}, learning rate {train.learning_rate:g} "
+        f"({train.lr_scheduler_type}, warm-up {train.warmup_ratio:.0%}), seed {train.seed}; "
+        f"{result.train_seconds / 60:.0f} minutes of training on {max(result.num_workers, 1)} process(es)."
+    )
+
+
+def _corpus(config: RunConfig, result: RunResult, data: Sequence[AnyData]) -> Iterator[str]:
+    yield "## Trained on\n"
+    yield "| task | what | examples seen |"
+    yield "|---|---|---|"
+    configs = {task.name: task.text for task in config.tasks if isinstance(task, TextTaskConfig)}
+    for task in data:
+        if len(task.train):
+            what = _text(task, configs[task.task.name]) if isinstance(task, TextData) else "supervised"
+            yield f"| {task.task.name} | {what} | {result.examples_seen[task.task.name]:,} |"
+
+
+def _text(data: TextData, config: TextConfig) -> str:
+    where = [config.hub.path] if config.hub else [path.name for path in (config.files or {})["train"]]
+    objective = data.task.objective.replace("_", " ")
+    return f"{objective}; {data.train.num_tokens:,} tokens of {', '.join(f'`{name}`' for name in where)}"
+
+
+def _scores(result: RunResult, data: Sequence[AnyData], before: Scores) -> Iterator[str]:
+    last = result.evaluations[-1]["tasks"]
+    yield "## Losses and scores on held-out examples\n"
+    yield (
+        "Of text: nats a target token, beside the best unigram model there can be (fitted to these very targets). Of "
+        "other tasks: the score, beside that of always saying the most frequent answer.\n"
+    )
+    yield "| task | measure | unigram or majority | before | after |"
+    yield "|---|---|---|---|---|"
+    for task in data:
+        name = task.task.name
+        measure = "loss" if isinstance(task, TextData) else "score"
+        values = (majority(task)[measure], before[name][measure], last[name][measure])
+        yield f"| {name} | {measure} | {' | '.join(f'{value:.3f}' for value in values)} |"
+
+
+def _curve(result: RunResult) -> Iterator[str]:
+    yield "## Training loss\n"
+    yield "| step | loss |"
+    yield "|---|---|"
+    curve = result.loss_curve
+    wanted = sorted({round(i * (len(curve) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)})
+    for step, loss in (curve[i] for i in wanted):
+        yield f"| {int(step):,} | {loss:.3f} |"
