@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: a tiny T5 in a folder, small task files, one Ray cluster for the session."""
 
+import gzip
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from prose import document
 
 # Before anything imports Ray or MLflow. Tests never write into the user's home.
 os.environ.update(
@@ -107,6 +109,28 @@ def small_run(tmp_path: Path, tiny_t5: Path, rows: dict[str, Path], monkeypatch:
         "evaluate": {"steps": 4},
         "tracking": {"enabled": False},
     }
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """Twenty documents in one gzipped file."""
+    path = tmp_path / "books.txt.gz"
+    path.write_bytes(gzip.compress("\n\n".join("\n".join(document(i)) for i in range(20)).encode()))
+    return path
+
+
+@pytest.fixture
+def text_run(small_run: dict[str, Any], books: Path) -> dict[str, Any]:
+    """Span corruption, a prefix language model and a supervised task in one mixture."""
+    text = {"files": {"train": [str(books)]}, "held_out": 0.2}
+    small_run["tasks"] = [
+        {"name": "corpus/spans", "text": text, "input_tokens": 32},
+        {"name": "corpus/prefix", "text": text, "objective": "prefix_lm", "input_tokens": 24},
+        small_run["tasks"][0],
+    ]
+    small_run["method"] = "full"
+    del small_run["data"]["max_train_examples"]
+    return small_run
 
 
 @pytest.fixture(scope="session")

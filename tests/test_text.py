@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from prose import WORDS, document
 
 from polyprompt import sources
 from polyprompt.batches import Batches
@@ -22,34 +23,6 @@ from polyprompt.recipe import check
 from polyprompt.worker import Job, train
 
 Table = dict[str, Any]
-WORDS = "the lamp chair table was very good bad nurse pilot found lost a book near this judge".split()
-
-
-def document(seed: int, num_lines: int = 30) -> list[str]:
-    random = np.random.default_rng(seed)
-    return [" ".join(random.choice(WORDS, 12)) for _ in range(num_lines)]
-
-
-@pytest.fixture
-def books(tmp_path: Path) -> Path:
-    """Twenty documents in one gzipped file."""
-    path = tmp_path / "books.txt.gz"
-    path.write_bytes(gzip.compress("\n\n".join("\n".join(document(i)) for i in range(20)).encode()))
-    return path
-
-
-@pytest.fixture
-def text_run(small_run: Table, books: Path) -> Table:
-    """Span corruption, a prefix language model and a supervised task in one mixture."""
-    text = {"files": {"train": [str(books)]}, "held_out": 0.2}
-    small_run["tasks"] = [
-        {"name": "corpus/spans", "text": text, "input_tokens": 32},
-        {"name": "corpus/prefix", "text": text, "objective": "prefix_lm", "input_tokens": 24},
-        small_run["tasks"][0],
-    ]
-    small_run["method"] = "full"
-    del small_run["data"]["max_train_examples"]
-    return small_run
 
 
 def texts(config: Table) -> list[TextData]:
@@ -111,6 +84,13 @@ def test_given_validation_files_nothing_else_is_held_out(text_run: Table, tmp_pa
     spans = texts(text_run)[0]
     assert spans.train.num_tokens == 20 * 30 * 12
     assert spans.validation.num_tokens == 60 * 12
+
+
+def test_a_file_of_one_document_cannot_be_split(text_run: Table, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("\n".join(document(1)))
+    text_run["tasks"][0]["text"] = {"files": {"train": [str(tmp_path / "one.txt")]}}
+    with pytest.raises(DataError, match=r"one\.txt: 1 document, so none can be kept .* give validation files"):
+        build(check(text_run))
 
 
 def test_two_objectives_share_one_tokenised_text(text_run: Table) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from polyprompt import sources, token_store
 from polyprompt.denoising import Objective, PrefixLM, SpanCorruption
-from polyprompt.errors import ConfigError
+from polyprompt.errors import ConfigError, DataError
 from polyprompt.tasks.records import TextSource, TextTask, TokenRow
 from polyprompt.token_store import Tokenizer
 
@@ -47,6 +47,11 @@ def _all_lines(paths: Iterable[Path], field: str) -> Iterator[str]:
 
 def _part(path: Path, field: str, held_out: float, *, kept_back: bool) -> Iterator[str]:
     num_documents = sum(line == "" for line in sources.text_lines(path, field))
+    if num_documents < 2:
+        raise DataError(
+            f"{path}: {num_documents} document, so none can be kept for validation; set an empty line between "
+            "documents, or give validation files"
+        )
     first_kept_back = min(int((1 - held_out) * num_documents), num_documents - 1)
     document = 0
     for line in sources.text_lines(path, field):

@@ -1,0 +1,84 @@
+"""Show what a recipe's tasks give away without understanding: the majority answer, and a bag of words.
+
+    python jobs/floors.py RECIPE.yaml [more.yaml …] [key.sub=value …]
+
+A method has learned something where it beats both. The bag of words is a logistic regression (for numbers: a ridge
+regression) on TF-IDF of the input's words and word pairs, trained on the train split. Free text has no such floor.
+"""
+
+import argparse
+import statistics
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+
+from polyprompt import recipe
+from polyprompt.config import DataConfig
+from polyprompt.data import read_examples
+from polyprompt.errors import PolypromptError
+from polyprompt.tasks import catalog, metrics
+from polyprompt.tasks.records import Example, Task, TextTask
+
+
+def floors(task: Task, data: DataConfig) -> tuple[float, float | None]:
+    """Return the task's score of the most frequent training target, and of the bag of words (None for free text)."""
+    train, validation = (
+        [example for _, example in islice(read_examples(task, split), limit)]
+        for split, limit in (
+            (task.train_split, data.max_train_examples),
+            (task.validation_split, data.max_validation_examples),
+        )
+    )
+    most, _ = Counter(example.target for example in train).most_common(1)[0]
+    majority = metrics.compute(task.metrics, [most] * len(validation), validation)["score"]
+    if not (task.choices or train[0].value is not None):
+        return majority, None
+    return majority, metrics.compute(task.metrics, bag_of_words(train, validation), validation)["score"]
+
+
+def bag_of_words(train: list[Example], validation: list[Example]) -> list[str]:
+    """Return the predictions of a linear model on TF-IDF."""
+    numeric = train[0].value is not None
+    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    model = make_pipeline(vectors, Ridge() if numeric else LogisticRegression(C=10, max_iter=2000))
+    model.fit([e.input for e in train], [e.value if numeric else e.target for e in train])
+    predicted = model.predict([e.input for e in validation])
+    return [f"{value:.3f}" for value in predicted] if numeric else list(predicted)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="+", metavar="RECIPE.yaml | key.sub=value")
+    arguments = parser.parse_args().arguments
+    shown = Table("Task", title="Scores without understanding")
+    for heading in ("Majority", "Bag of words"):
+        shown.add_column(heading, justify="right")
+    try:
+        config = recipe.load([Path(a) for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
+        tasks = [task for task in catalog.resolve(config) if not isinstance(task, TextTask)]
+        found = {task.name: floors(task, config.data) for task in track(tasks, "floors", console=Console(stderr=True))}
+    except PolypromptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, (majority, bag) in found.items():
+        shown.add_row(name, f"{majority:.3f}", "" if bag is None else f"{bag:.3f}")
+    bags = [bag for _, bag in found.values()]
+    mean = "" if None in bags else f"{statistics.fmean(bag for bag in bags if bag is not None):.3f}"
+    shown.add_section()
+    shown.add_row("mean", f"{statistics.fmean(majority for majority, _ in found.values()):.3f}", mean)
+    Console().print(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Run a table of experiments, several seeds each, and write their mean and spread as Markdown and CSV.
+
+    python jobs/table.py TABLE.yaml [key.sub=value …] --out DIR [--at-once N]
+
+TABLE.yaml: `recipe` (or a list of them), `seeds`, and `rows`: a label and its overrides. What is finished in DIR is not
+run again, and what was stopped goes on. jobs/tables/ holds those behind docs/results.md.
+"""
+
+import argparse
+import csv
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.progress import track
+
+from polyprompt import recipe
+from polyprompt.errors import ConfigError, PolypromptError, TrainingError
+from polyprompt.result import RunResult
+
+MULTITASK = Path(__file__).with_name("multitask.py")
+Results = dict[str, list[RunResult]]
+
+
+class Experiments(BaseModel):
+    """A table: each row is a recipe with overrides, run once for each seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Path
+    seeds: list[int] = Field(min_length=1)
+    rows: dict[str, list[str]] = Field(min_length=1)
+
+
+def read(path: Path) -> Experiments:
+    """Read a table file. Raises ConfigError."""
+    try:
+        return Experiments.model_validate(recipe.read(path))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        raise ConfigError(f"{path}: {faults}") from None
+
+
+def run(table: Experiments, overrides: Sequence[str], out: Path, at_once: int) -> Results:
+    """Run what is not finished yet, `at_once` runs side by side. Raises TrainingError naming the log of a failed run.
+
+    Every run's config is checked before the first one starts.
+    """
+    cells = [
+        (label, seed, [*own, *overrides, f"train.seed={seed}"])
+        for label, own in table.rows.items()
+        for seed in table.seeds
+    ]
+    for _, _, arguments in cells:
+        recipe.load([table.recipe], arguments)
+
+    def one(cell: tuple[str, int, list[str]]) -> tuple[str, RunResult]:
+        label, seed, arguments = cell
+        folder = out / re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_") / str(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            str(MULTITASK),
+            str(table.recipe),
+            *arguments,
+            "--out",
+            str(folder),
+        ]
+        with (folder / "job.log").open("a") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            raise TrainingError(f"{label}, seed {seed}, ended with status {done.returncode}; see {folder / 'job.log'}")
+        return label, RunResult.read(folder / "result.json")
+
+    results: Results = {label: [] for label in table.rows}
+    with ThreadPoolExecutor(at_once) as pool:
+        console = Console(stderr=True)
+        for label, result in track(pool.map(one, cells), "runs", total=len(cells), console=console):
+            results[label].append(result)
+    return results
+
+
+def lines(results: Results) -> list[list[str]]:
+    """Return the table's lines: headings, the majority baseline, each row's mean ± standard deviation (of a sample)."""
+    first = next(iter(results.values()))[0]
+    tasks = list(first.eval)
+    floors = [first.majority[task] for task in tasks]
+    body = [["", "mean", *(task.rpartition("/")[2] for task in tasks), "trained parameters", "steps", "s/step"]]
+    body.append(["majority", _spread([statistics.fmean(floors)]), *(_spread([floor]) for floor in floors), "", "", ""])
+    for label, runs in results.items():
+        scores = [_spread([run.eval[task]["score"] for run in runs]) for task in tasks]
+        seconds = statistics.median(run.train_seconds / run.num_steps for run in runs)
+        costs = [f"{runs[0].num_trained_parameters:,}", f"{runs[0].num_steps:,}", f"{seconds:.2f}"]
+        body.append([label, _spread([run.mean for run in runs]), *scores, *costs])
+    return body
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def markdown(body: Sequence[Sequence[str]]) -> str:
+    """Return the lines as a Markdown table."""
+    rows = [f"| {' | '.join(row)} |" for row in body]
+    return "\n".join([rows[0], "|---" * len(body[0]) + "|", *rows[1:]]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, metavar="TABLE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of every run")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, table.md and table.csv")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side (1)")
+    options = parser.parse_intermixed_args()
+    try:
+        results = run(read(options.table), options.overrides, options.out, options.at_once)
+    except PolypromptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    body = lines(results)
+    text = markdown(body)
+    (options.out / "table.md").write_text(text)
+    with (options.out / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(body)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

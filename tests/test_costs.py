@@ -1,0 +1,34 @@
+"""Costs: the closed form equals what torch counts."""
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from polyprompt.config import FullConfig, HyperPromptConfig, MethodConfig, PromptTuningConfig, SMoPConfig
+from polyprompt.costs import inference_flops
+
+METHODS: list[MethodConfig] = [
+    FullConfig(),
+    PromptTuningConfig(length=5, init="normal"),
+    SMoPConfig(num_prompts=3, length=2),
+    HyperPromptConfig(encoder_length=4, decoder_length=3, reduction=4),
+    HyperPromptConfig(encoder_length=4, stacks="encoder", reduction=4),
+]
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_v1_1"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_the_closed_form_is_what_torch_counts(method: MethodConfig, family: str) -> None:
+    model = tiny.model(method, family, attention="eager")  # the counter does not know sdpa's fused kernels on CPUs
+    input_ids, mask, labels, task = (tensor[:1] for tensor in tiny.batch(1))
+    prompts = FlopCounterMode(display=False)
+    with torch.no_grad(), prompts:
+        model.method.prompts(model.backbone.embed(input_ids), mask, task)
+    whole = FlopCounterMode(display=False)
+    with torch.no_grad(), whole:
+        model(input_ids, mask, labels, task)
+    router = 2 * 16 * model.method.num_routes
+    assert router <= prompts.get_total_flops()
+    expected = whole.get_total_flops() - prompts.get_total_flops() + router
+    assert inference_flops(model, input_ids.shape[1], labels.shape[1]) == expected
