@@ -2,8 +2,8 @@
 
     python jobs/pretrain.py RECIPE.yaml [more.yaml …] [key.sub=value …] [--out DIR] [--dry-run]
 
-Adapts a T5 to the language model objective or to a domain of your own: jobs/recipes/lm_adapt_t5_base.yaml. It is the
-main job's loop, mixture and bundles, so the same command again goes on where a stopped run was. At the end DIR/backbone
+Adapts a T5 to the language model objective or to a domain of your own; docs/pretraining.md has recipes. It is the main
+job's loop, mixture and bundles, so the same command again goes on where a stopped run was. At the end DIR/backbone
 holds weights, tokenizer and a model card; `backbone.name=DIR/backbone` trains on it.
 """
 
