@@ -213,7 +213,7 @@ LENGTH = {"method.encoder_length": {"choice": [1, 2]}}
         ({"space": {"method.encoder_length": {"uniform": [1, 3]}}}, "has no end of values"),
         ({"space": {"method.encoder_length": {"choice": [1], "randint": [1, 3]}}}, "give exactly one of"),
         ({"space": {"method.encoder_length": {"randint": [3, 3]}}}, "low 3 must be below high 3"),
-        ({"space": {"train.learning_rate": {"loguniform": [0, 3]}}, "num_trials": 1, "searcher": "random"}, "greater than 0"),
+        ({"space": {"train.learning_rate": {"loguniform": [0, 3]}}}, "greater than 0"),
         ({"space": {"method.encoder_length": {"quniform": [1, 4, 2]}}}, "must be a multiple of q = 2"),
         ({"space": {"train.seed": {"choice": [1]}}}, "use search.seeds"),
         ({"space": {"compute.num_workers": {"choice": [1]}}}, "this key cannot be searched"),

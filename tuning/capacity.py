@@ -1,0 +1,61 @@
+"""How many trials a cluster holds at once, by arithmetic, before anything starts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from polyprompt.config import ComputeConfig
+from polyprompt.errors import ConfigError
+
+Node = Mapping[str, float]
+"""Resources of one machine: CPU, GPU."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """num_concurrent: trials that run at once. text: the arithmetic, for people."""
+
+    num_concurrent: int
+    text: str
+
+
+def bundle(compute: ComputeConfig) -> dict[str, float]:
+    """Return what one worker of a trial needs; an in-process trial is one worker."""
+    need: dict[str, float] = {"CPU": float(compute.cpus_per_worker)}
+    if compute.use_gpu:
+        need["GPU"] = compute.gpus_per_worker
+    return need
+
+
+def capacity(compute: ComputeConfig, nodes: Sequence[Node], limit: int | None) -> Capacity:
+    """Return how many trials run at once on these nodes, at most `limit`.
+
+    A worker lies on one node; the workers of a trial may lie on several. Raises ConfigError, with the arithmetic, if
+    not even one trial fits.
+    """
+    need, workers = bundle(compute), max(1, compute.num_workers)
+    room = [math.floor(min(node.get(name, 0.0) / amount for name, amount in need.items()) + 1e-9) for node in nodes]
+    fits = sum(room) // workers
+    per_worker = _amounts(need)
+    trial = (
+        f"a trial is {workers} worker{'s' if workers > 1 else ''} of {per_worker}"
+        if compute.num_workers
+        else (f"a trial is one process of {per_worker}")
+    )
+    places = "; ".join(
+        f"{_amounts({name: node.get(name, 0.0) for name in need})}: {count}"
+        for node, count in zip(nodes, room, strict=True)
+    )
+    text = f"{trial}; nodes and how many they hold: {places}; {sum(room)} // {workers} = {fits} trials at once"
+    if fits == 0:
+        raise ConfigError(
+            f"this search cannot be scheduled: {text}. Lower compute.num_workers, compute.cpus_per_worker or "
+            "compute.gpus_per_worker, or set RAY_ADDRESS to a larger cluster"
+        )
+    if limit is not None and limit < fits:
+        return Capacity(limit, f"{text}, of which search.max_concurrent_trials={limit} are used")
+    return Capacity(fits, text)
+
+
+def _amounts(resources: Node) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -1,0 +1,385 @@
+"""Runs the trials of a search with Ray Tune. The only file that imports ray.tune.
+
+How Ray Tune is used and why (each was seen to bite):
+
+- A trial is an actor of ours whose thread does the work, so that it can be told to stop and end in order: its
+  tracking run closed, its workers' places freed by Ray Train itself. Killed, it would leave them reserved for ever.
+- Tune knows nothing of Ray Train's workers: a trial that starts some reserves next to nothing itself, and the number of
+  concurrent trials comes from capacity.py.
+- A failed trial is a result, not an error, which Tune would retry; only a cause that may pass is raised.
+- Nothing of Tune's is resumed. A study is its folder: at a new start the trials that are not done are proposed again
+  under their numbers, their runs go on from their bundles, and searcher and scheduler are told what is known.
+"""
+
+import logging
+import os
+import queue
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import torch
+from filelock import FileLock, Timeout
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from polyprompt import ray_train
+from polyprompt.errors import StoppedError
+from polyprompt.run_folder import LOCK
+from tuning.capacity import Node, bundle
+from tuning.sampler import Source
+from tuning.schema import AshaScheduler, MedianScheduler
+from tuning.spaces import Params, Search
+from tuning.study import Objective, Trial
+from tuning.trial import STEP, Ended, Report, Values, failure
+
+LOGGER = logging.getLogger(__name__)
+OUTCOME, CAUSE, FINISHED, FAILED, INTERRUPTED = "outcome", "cause", "finished", "failed", "interrupted"
+#: How long a stopped trial's run may take to end in order; it sees the order at its next logged step.
+ENDING_SECONDS = 120.0
+REAP_SECONDS = 5.0
+#: More steps than any trial has: Tune never ends a trial by its length.
+ENDLESS = 10**9
+
+
+class PassingError(Exception):
+    """A trial failed from a cause that may pass: Tune starts it again."""
+
+
+class Stoppable(Protocol):
+    """The work of a trial: number, params, report → its metrics. Raises StoppedError after it was told to stop."""
+
+    def __call__(self, number: int, params: Params, report: Report) -> Values: ...
+
+    def tell_to_stop(self, number: int) -> None: ...
+
+
+class Events(Protocol):
+    """Hears what happens to the trials, in the driver."""
+
+    def begun(self, number: int, params: Params) -> None:
+        """Before the trial starts."""
+
+    def reported(self, number: int, step: int, values: Mapping[str, float]) -> None: ...
+
+    def ended(self, number: int, ended: Ended | None) -> None:
+        """ended: None: finished, or interrupted."""
+
+
+class TrialActor(tune.Trainable):
+    """A trial at work, in a process of its own."""
+
+    def setup(self, config: dict[str, Any], work: Stoppable, reuse: bool) -> None:  # type: ignore[override]
+        self.work = work
+        self.reuse = reuse
+        self._start(config)
+
+    def _start(self, config: dict[str, Any]) -> None:
+        self.number: int = config["number"]
+        self.step_seen = 0
+        self.results: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.thread = threading.Thread(target=self._run, args=(config["params"], self.results), daemon=True)
+        self.thread.start()
+
+    def _run(self, params: Params, results: "queue.Queue[dict[str, Any]]") -> None:
+        try:
+            values = self.work(self.number, params, lambda step, seen: results.put({STEP: step, **seen}))
+            results.put({**values, OUTCOME: FINISHED, "done": True})
+        except StoppedError:
+            results.put({OUTCOME: INTERRUPTED, "done": True})
+        except BaseException as error:
+            LOGGER.exception("trial %s failed", self.number)
+            ended = failure(error)
+            results.put({OUTCOME: FAILED, CAUSE: ended.cause, "passing": ended.passing, "done": True})
+
+    def step(self) -> dict[str, Any]:
+        result = self.results.get()
+        self.step_seen = max(self.step_seen, result.get(STEP, 0))
+        if result.get("passing"):
+            raise PassingError(result[CAUSE])
+        return {STEP: self.step_seen, **result}
+
+    def cleanup(self) -> None:
+        if self.thread.is_alive():
+            self.work.tell_to_stop(self.number)
+            self.thread.join(ENDING_SECONDS)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        if not self.reuse or self.thread.is_alive():
+            return False
+        self._start(new_config)
+        return True
+
+
+@dataclass
+class Proposals(Searcher):
+    """Hands Tune the trials: first those that an earlier start left unfinished, then new ones from the source."""
+
+    source: Source
+    unfinished: list[tuple[int, Params]]
+    next_number: int
+    events: Events
+    metrics: Sequence[str]
+    ending: threading.Event
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        if self.ending.is_set():
+            return Searcher.FINISHED
+        if self.unfinished:
+            number, params = self.unfinished.pop(0)
+        else:
+            number = self.next_number
+            suggested = self.source.suggest(number)
+            if suggested is None:
+                return Searcher.FINISHED
+            params, self.next_number = suggested, number + 1
+        self.numbers[trial_id] = number
+        self.events.begun(number, params)
+        return {"number": number, "params": params}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        outcome = (result or {}).get(OUTCOME)
+        if outcome == INTERRUPTED:
+            return
+        values = {key: value for key, value in (result or {}).items() if key in self.metrics}
+        self.source.tell(self.numbers[trial_id], values, failed=error or outcome == FAILED)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a pickle of everything for its own resume, which is not used
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """The study's folder has it all."""
+
+    def save(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+class Listener(tune.Callback):
+    """Passes Tune's events on, and frees what killed trials left."""
+
+    def __init__(self, events: Events, scheduler: str, folders: Callable[[int], Sequence[Path]]) -> None:
+        """folders: the run folders of a trial."""
+        self.events = events
+        self.scheduler = scheduler
+        self.folders = folders
+        self._ended: set[int] = set()
+        self._dead: set[Path] = set()
+        self._looked = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if OUTCOME not in result:
+            seen = {key: value for key, value in result.items() if key.startswith("eval/")}
+            self.events.reported(trial.config["number"], result[STEP], seen)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        last = trial.last_result
+        outcome = last.get(OUTCOME)
+        ended = None
+        if outcome == FAILED:
+            ended = Ended("failed", last[CAUSE])
+        elif outcome is None and last:
+            ended = Ended("stopped", f"{self.scheduler} at step {last[STEP]}")
+        self._end(trial.config["number"], ended)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._end(trial.config["number"], _lost(trial.get_error()))
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        if time.monotonic() - self._looked > REAP_SECONDS:
+            self._looked = time.monotonic()
+            self._reap()
+
+    def _end(self, number: int, ended: Ended | None) -> None:
+        self._ended.add(number)
+        self.events.ended(number, ended)
+
+    def _reap(self) -> None:
+        """Free the places of runs whose process is gone; at the second look, when Ray Train's controller is too."""
+        for number in list(self._ended):
+            left = [folder for folder in self.folders(number) if (folder / ray_train.PLACEMENT).is_file()]
+            if not left:
+                self._ended.discard(number)
+            for folder in left:
+                if folder in self._dead:
+                    ray_train.release(folder)
+                elif _is_dead(folder):
+                    self._dead.add(folder)
+
+
+def execute(
+    search: Search,
+    work: Stoppable,
+    *,
+    source: Source,
+    known: Sequence[Trial],
+    events: Events,
+    num_concurrent: int,
+    folder: Path,
+    folders: Callable[[int], Sequence[Path]],
+    ending: threading.Event,
+    reuse: bool = False,
+) -> None:
+    """Run all trials that are not done, on the Ray that this process is in. Returns when they are, or `ending` is set
+    and those at work have ended.
+
+    known: trials of earlier starts. folder: for Tune's own files, deleted at the end. folders: the run folders of a
+    trial. reuse: let one process do several trials, one after the other; peak memory is then not a trial's own.
+    """
+    os.environ.update(
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
+        TUNE_DISABLE_SIGINT_HANDLER="1",
+        RAY_AIR_NEW_OUTPUT="0",
+    )
+    # The first warns of a busy machine every few seconds, the second misses files that nobody asked for.
+    for chatter in ("ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
+        logging.getLogger(chatter).setLevel(logging.ERROR)
+    config = search.config
+    unfinished = [(t.number, dict(t.params)) for t in known if t.state in ("running", "waiting")]
+    proposals = Proposals(
+        source=source,
+        unfinished=unfinished,
+        next_number=max((t.number for t in known), default=-1) + 1,
+        events=events,
+        metrics=[objective.metric for objective in search.objectives],
+        ending=ending,
+    )
+    name = uuid.uuid4().hex
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(TrialActor, work=work, reuse=reuse), _resources(search)),
+        tune_config=tune.TuneConfig(
+            search_alg=proposals,
+            scheduler=scheduler(search, known),
+            num_samples=-1,
+            max_concurrent_trials=num_concurrent,
+            reuse_actors=reuse,
+            trial_name_creator=lambda trial: f"trial_{trial.config['number']}",
+            trial_dirname_creator=lambda trial: f"trial_{trial.config['number']}",
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(folder),
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[Listener(events, config.scheduler.name, folders)],
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def scheduler(search: Search, known: Sequence[Trial]) -> TrialScheduler:
+    """Return Tune's scheduler, told the curves of the trials that are done."""
+    chosen, score, every = search.config.scheduler, search.score, search.run.evaluate.steps
+    made: TrialScheduler
+    match chosen:
+        case AshaScheduler():
+            assert score is not None
+            assert every is not None
+            made = AsyncHyperBandScheduler(
+                time_attr=STEP,
+                metric=score.metric,
+                mode=score.mode,
+                max_t=ENDLESS,
+                grace_period=chosen.grace_steps or every,
+                reduction_factor=chosen.reduction_factor,
+            )
+        case MedianScheduler():
+            assert score is not None
+            assert every is not None
+            made = MedianStoppingRule(
+                time_attr=STEP,
+                metric=score.metric,
+                mode=score.mode,
+                grace_period=chosen.grace_steps or every,
+                min_samples_required=chosen.min_trials,
+                min_time_slice=ENDLESS,  # never pause one trial for another
+            )
+        case _:
+            return FIFOScheduler()
+    for trial in known:
+        if trial.state in ("finished", "stopped"):
+            _replay(made, trial, score)
+    return made
+
+
+def _replay(made: TrialScheduler, trial: Trial, score: Objective) -> None:
+    """Tell a scheduler of a trial that is done. It looks at nothing of it but its identity."""
+
+    class Known:
+        trial_id = f"known_{trial.number}"
+
+    known: Any = Known()
+    controller: Any = None
+    results = [{STEP: step, score.metric: value} for step, value in _points(trial)]
+    made.on_trial_add(controller, known)
+    for result in results[:-1]:
+        made.on_trial_result(controller, known, result)
+    if results:
+        made.on_trial_complete(controller, known, results[-1])
+
+
+def _points(trial: Trial) -> list[tuple[int, float]]:
+    """Return the curve over all seeds, with the step that grows over them, as the trial itself reports it."""
+    points: list[tuple[int, float]] = []
+    offset = 0
+    for run in trial.runs:
+        points += [(offset + step, value) for step, value in run.curve]
+        offset += run.num_steps
+    return points
+
+
+def machines() -> list[Node]:
+    """Return the resources of each machine of the cluster: the one of $RAY_ADDRESS, the one this process is in, or this
+    machine, on which none is started for that."""
+    if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
+    with ray_train.cluster(0):
+        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _resources(search: Search) -> tune.PlacementGroupFactory:
+    """Return what Tune reserves: an in-process trial's CPUs and GPUs, or a driver's next to nothing."""
+    compute = search.run.compute
+    if compute.num_workers == 0:
+        return tune.PlacementGroupFactory([bundle(compute)])
+    # Not a share of a CPU: what it takes, the workers of a full cluster would lack. Something must be named.
+    return tune.PlacementGroupFactory([{"memory": 1}])
+
+
+def _lost(error: BaseException | str | None) -> Ended:
+    """Say why a trial's process was lost, or which passing cause did not pass. Tune gives some errors as text."""
+    if error is None:
+        return Ended("failed", "its process ended", passing=True)
+    cause = failure(error if isinstance(error, BaseException) else PassingError(error)).cause
+    return Ended("failed", cause.rpartition("PassingError: ")[2], passing=True)
+
+
+def _is_dead(folder: Path) -> bool:
+    """Does no process train in this run folder?"""
+    try:
+        FileLock(folder / LOCK, timeout=0).acquire().lock.release()
+    except Timeout:
+        return False
+    return True

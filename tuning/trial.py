@@ -1,0 +1,263 @@
+"""One trial: its runs, one for each seed, and what its folder says about it.
+
+    DIR/trials/<number>/trial.json      number and params, written before it starts
+    DIR/trials/<number>/seed_<seed>/    one training run: a run folder like any other
+    DIR/trials/<number>/ended.json      there once it was stopped by the scheduler, or failed
+    DIR/trials/<number>/stop            there while its runs are told to stop
+
+A run is its folder: started again it goes on from its newest bundle, and a finished one gives its result.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from polyprompt import run_folder, study_tracking
+from polyprompt.config import RunConfig
+from polyprompt.errors import (
+    BundleError,
+    ConfigError,
+    DataError,
+    NotFiniteError,
+    TrackingError,
+    TrainingError,
+)
+from polyprompt.result import RunResult
+from polyprompt.tracking import RunHandle
+from tuning.spaces import Params, configure
+from tuning.study import SeedRun, State, Trial
+
+STEP = "step"
+POLL_SECONDS = 0.2
+Values = dict[str, float]
+Report = Callable[[int, Values], None]
+"""Takes a step, which grows over all seeds of a trial, and the scores of that step."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Why a trial ended without a result. passing: the cause may be gone at the next try."""
+
+    state: Literal["stopped", "failed"]
+    cause: str
+    passing: bool = False
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The folders of a study's trials, and how each becomes a run. base: the run recipe's table. score: the metric that
+    is reported on the way."""
+
+    folder: Path
+    study: str
+    base: Mapping[str, Any]
+    seeds: Sequence[int]
+    score: str
+
+    def of(self, number: int) -> Path:
+        return self.folder / f"{number:04d}"
+
+    def stop_file(self, number: int) -> Path:
+        return self.of(number) / "stop"
+
+    def out(self, number: int, seed: int) -> Path:
+        return self.of(number) / f"seed_{seed}"
+
+    def config(self, number: int, params: Params, seed: int) -> RunConfig:
+        name = f"{self.study}-{number:04d}" + (f"-seed_{seed}" if len(self.seeds) > 1 else "")
+        return configure(self.base, params, seed=seed, name=name)
+
+    def place(self, number: int, params: Params, seed: int) -> run_folder.RunFolder:
+        return run_folder.choose(self.config(number, params, seed), self.out(number, seed))
+
+    def begin(self, number: int, params: Params) -> None:
+        """Record a trial before it starts, and take back what an earlier start told its runs."""
+        self.of(number).mkdir(parents=True, exist_ok=True)
+        _write(self.of(number) / "trial.json", {"number": number, "params": params})
+        self.stop_file(number).unlink(missing_ok=True)
+        (self.of(number) / "ended.json").unlink(missing_ok=True)
+
+    def tell_to_stop(self, number: int) -> None:
+        self.stop_file(number).touch()
+
+    def end(self, number: int, ended: Ended) -> None:
+        _write(self.of(number) / "ended.json", vars(ended))
+
+    def ended(self, number: int) -> Ended | None:
+        file = self.of(number) / "ended.json"
+        return Ended(**json.loads(file.read_text())) if file.is_file() else None
+
+    def recorded(self) -> dict[int, Params]:
+        """Return number → params of all trials that were ever begun."""
+        tables = [json.loads(file.read_text()) for file in sorted(self.folder.glob("*/trial.json"))]
+        return {table["number"]: table["params"] for table in tables}
+
+    def read(self, number: int, params: Params, *, live: bool) -> Trial:
+        """Read what the folders say. live: its process is at work now."""
+        ended = self.ended(number)
+        runs = [self._read_run(number, params, seed, live, ended) for seed in self.seeds]
+        return Trial(number, dict(params), runs)
+
+    def _read_run(self, number: int, params: Params, seed: int, live: bool, ended: Ended | None) -> SeedRun:
+        place = self.place(number, params, seed)
+        run_id = str(place.record().get("run_id", ""))
+        if place.result.is_file():
+            return finished(RunResult.read(place.result), seed, self.score, place.folder)
+        begun = bool(place.record())
+        earlier = self.seeds[: list(self.seeds).index(seed)]
+        # Seeds run in turn: the trial's end is the end of the first one without a result.
+        turn = all(self.place(number, params, other).result.is_file() for other in earlier)
+        state: State = "running" if live and (begun or turn) else "waiting"
+        cause = ""
+        if ended is not None and not live and turn:
+            state, cause = ended.state, ended.cause
+        train = newest_state(place)
+        evaluations = train.get("evaluations", [])
+        return SeedRun(
+            seed=seed,
+            run_id=run_id,
+            state=state,
+            cause=cause,
+            num_steps=train.get("step", 0),
+            seconds=train.get("train_seconds", 0.0),
+            metrics=scores(evaluations[-1]) if evaluations else {},
+            curve=[(e["step"], scores(e)[self.score]) for e in evaluations],
+            folder=str(place.folder),
+        )
+
+
+def finished(result: RunResult, seed: int, score: str, folder: Path) -> SeedRun:
+    """Return the record of a finished run."""
+    return SeedRun(
+        seed=seed,
+        run_id=result.run_id,
+        state="finished",
+        num_steps=result.num_steps,
+        seconds=result.train_seconds,
+        metrics=metrics(result),
+        curve=[(e["step"], scores(e)[score]) for e in result.evaluations],
+        folder=str(folder),
+    )
+
+
+def metrics(result: RunResult) -> Values:
+    """Return all that can be an objective."""
+    return {
+        **scores({"mean": result.mean, "tasks": result.eval}),
+        "num_trained_parameters": float(result.num_trained_parameters),
+        "inference_flops": float(result.inference_flops),
+        "peak_memory_bytes": float(result.peak_memory_bytes),
+        "step_seconds": result.train_seconds / result.num_steps,
+    }
+
+
+def scores(evaluation: Mapping[str, Any]) -> Values:
+    """Return eval/mean and eval/<task>/score of one evaluation."""
+    tasks = {f"eval/{task}/score": values["score"] for task, values in evaluation["tasks"].items()}
+    return {"eval/mean": evaluation["mean"], **tasks}
+
+
+def newest_state(place: run_folder.RunFolder) -> dict[str, Any]:
+    """Return the training state in the newest bundle, empty without one. A bundle that is there is whole."""
+    for bundle in sorted(place.bundles.glob("step_*"), reverse=True):
+        with suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, for a newer one
+            return json.loads((bundle / "state.json").read_text())["train"]
+    return {}
+
+
+@dataclass(frozen=True)
+class TrainTrial:
+    """The work of a trial: the same training run as jobs/multitask.py, once for each seed.
+
+    parent: the study's tracking run. experiment: the driver's, whose environment the trials may lack.
+    """
+
+    trials: Trials
+    parent: RunHandle | None = None
+    experiment: str = ""
+
+    def __call__(self, number: int, params: Params, report: Report) -> Values:
+        # Imported here because it takes seconds that the driver need not pay.
+        from polyprompt.ray_train import run
+
+        if self.parent is not None:
+            os.environ.update(MLFLOW_TRACKING_URI=self.parent.uri, MLFLOW_EXPERIMENT_NAME=self.experiment)
+        trials, done, found = self.trials, 0, []
+        for index, seed in enumerate(trials.seeds):
+            config = trials.config(number, params, seed)
+            place = trials.place(number, params, seed)
+            last = index == len(trials.seeds) - 1
+            with _follow(place, trials.score, done, config.train.max_steps if last else None, report) as reported:
+                result = run(
+                    config,
+                    out=trials.out(number, seed),
+                    say=lambda line: None,
+                    stop=trials.stop_file(number),
+                    tags=study_tracking.child_tags(self.parent, trial=number, seed=seed) if self.parent else None,
+                )
+            # What came too fast to be seen on the way. The very last evaluation is part of the trial's result.
+            for evaluation in result.evaluations[: -1 if last else None]:
+                if evaluation["step"] not in reported:
+                    report(done + evaluation["step"], {trials.score: scores(evaluation)[trials.score]})
+            done += config.train.max_steps
+            found.append(metrics(result))
+        mean = {key: sum(values[key] for values in found) / len(found) for key in found[0]}
+        return {STEP: done, **mean}
+
+    def tell_to_stop(self, number: int) -> None:
+        self.trials.tell_to_stop(number)
+
+
+@contextmanager
+def _follow(
+    place: run_folder.RunFolder, score: str, offset: int, last_step: int | None, report: Report
+) -> Iterator[set[int]]:
+    """Report each evaluation of a run once its bundle is there, and yield the steps that were; not the last step's."""
+    done, reported = threading.Event(), set[int]()
+
+    def look() -> None:
+        while not done.wait(POLL_SECONDS):
+            for evaluation in newest_state(place).get("evaluations", []):
+                step = evaluation["step"]
+                if step not in reported and step != last_step:
+                    reported.add(step)
+                    report(offset + step, {score: scores(evaluation)[score]})
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield reported
+    finally:
+        done.set()
+        thread.join()
+
+
+def failure(error: BaseException) -> Ended:
+    """Say why a trial failed, in one line that starts with the kind of the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, last = (lines[0], lines[-1]) if lines else (type(error).__name__, type(error).__name__)
+    if any(mark in f"{type(error).__name__} {error}" for mark in ("OutOfMemory", "out of memory", "MemoryError")):
+        return Ended("failed", f"out of memory: {last}")
+    match error:
+        case NotFiniteError():
+            return Ended("failed", f"NaN: {first}")
+        case ConfigError():
+            return Ended("failed", f"bad combination: {first}")
+        case DataError() | BundleError():
+            return Ended("failed", f"bad data: {first}")
+        case TrackingError():
+            return Ended("failed", f"tracking: {first}", passing=True)
+        case TrainingError():
+            return Ended("failed", f"workers lost: {first}", passing=True)
+    return Ended("failed", f"{type(error).__name__}: {last}")
+
+
+def _write(file: Path, table: Mapping[str, Any]) -> None:
+    draft = file.with_name(f".{file.name}.tmp")
+    draft.write_text(json.dumps(table))
+    os.replace(draft, file)
