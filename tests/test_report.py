@@ -57,6 +57,7 @@ def made(num_evaluations: int = 3, **changes: Any) -> RunResult:
         last_bundle="/runs/trial/step_300",
         stopped_early=False,
         evaluations=evaluations,
+        inference_flops=123_456,
     )
     return replace(result, **changes)
 

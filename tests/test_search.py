@@ -138,7 +138,7 @@ class Quadratic:
             num_method_parameters=0, num_backbone_parameters=1, num_steps=3, num_workers=0, train_seconds=1.0,
             examples_per_second=1.0, tokens_per_second=1.0, peak_memory_bytes=1, examples_seen={}, sequence="",
             loss_curve=[], eval=tasks, majority={}, best_task_steps={}, mean=score, best_step=3, bundle="",
-            last_bundle="", stopped_early=False,
+            last_bundle="", stopped_early=False, inference_flops=1,
             evaluations=[{"step": step, "mean": score, "tasks": tasks} for step in (1, 2, 3)],
         )  # fmt: skip
         result.write(self.trials.place(number, params, self.trials.seeds[0]).result)
