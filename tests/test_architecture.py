@@ -18,7 +18,7 @@ ONLY = {
     "ray": {"ray_train.py"},
     "mlflow": {"tracking.py", "study_tracking.py"},
     "datasets": {"data.py"},
-    "transformers": {"backbone.py", "optim.py"},
+    "transformers": {"backbone.py", "decoder_only.py", "prompted_attention.py", "optim.py"},
 }
 
 #: The same of tuning/.

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from polyprompt import backbone
+from polyprompt import backbone, prompted_attention
 from polyprompt.config import BackboneConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import KeyValues, Prompts
@@ -102,7 +102,7 @@ def test_the_bias_of_real_tokens_is_unchanged_and_prompts_have_none(stack: str) 
     module = getattr(loaded.model, stack).block[1].layer[0].SelfAttention
     bias, x = torch.randn(1, 3, 5, 5), torch.randn(2, 3, 5, 4)
     for mask in (torch.rand(2, 1, 5, 5) > 0.5, torch.randn(2, 1, 5, 5), None):
-        backbone._prompted(record)(
+        prompted_attention.prompted(record)(
             module, x, x, x, mask, position_bias=bias, prompts=Prompts(**{stack: key_values(3, 2, 4)})
         )
         assert torch.equal(seen["position_bias"][..., 4:], bias)

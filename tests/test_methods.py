@@ -228,7 +228,7 @@ def test_seed_decides_the_start_and_the_global_stream_is_untouched(name: str) ->
 @torch.no_grad()
 def test_state_round_trip_gives_identical_predictions(name: str) -> None:
     model, other = strong(name, seed=1), tiny.model(CONFIGS[name], seed=2)
-    model.backbone.model.shared.weight.add_(0.1)
+    model.backbone.model.get_input_embeddings().weight.add_(0.1)
     other.load_trained_state({k: v.clone() for k, v in model.trained_state().items()})
     assert torch.equal(model(*tiny.batch()).nll_B, other(*tiny.batch()).nll_B)
 

@@ -30,6 +30,32 @@ CLASSES = {
     "umt5": (transformers.UMT5Config, transformers.UMT5ForConditionalGeneration, {}),
 }
 FAMILIES = tuple(CLASSES)
+_ROTARY = {
+    "hidden_size": 18, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4,
+    "intermediate_size": 32, "max_position_embeddings": LIMIT, "attention_dropout": 0.1, "initializer_range": 0.3,
+}  # fmt: skip
+#: Four kinds of decoder-only models, with 3 heads of keys and values of 4 in 2 layers, as the T5 decoders here.
+DECODER_CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {**_ROTARY, "tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, _ROTARY),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, _ROTARY),
+    "gpt2": (
+        transformers.GPT2Config,
+        transformers.GPT2LMHeadModel,
+        {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": LIMIT, "initializer_range": 0.3},
+    ),
+}
+#: Each family's own tokenizer, and how it spells a newline.
+DECODER_TOKENIZERS = {
+    "llama": (transformers.LlamaTokenizer, "<0x0A>"),
+    "qwen2": (transformers.Qwen2Tokenizer, "Ċ"),
+    "qwen3": (transformers.Qwen2Tokenizer, "Ċ"),
+    "gpt2": (transformers.GPT2Tokenizer, "Ċ"),
+}
+DECODERS = tuple(DECODER_CLASSES)
+#: The family of a model that names none. Tests of other families replace it.
+default_family = "t5"
+_WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 60)}}
 
 
 @functools.cache
@@ -37,9 +63,34 @@ def _root() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="polyprompt_tiny_")
 
 
-@functools.cache
-def folder(family: str = "t5") -> Path:
+def folder(family: str | None = None) -> Path:
     """Return a folder with a random model of the family and a word-level tokenizer, both from `save_pretrained`."""
+    family = family or default_family
+    return _decoder_folder(family) if family in DECODERS else _t5_folder(family)
+
+
+@functools.cache
+def _decoder_folder(family: str) -> Path:
+    config_class, model_class, extra = DECODER_CLASSES[family]
+    path = Path(_root().name) / family
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = model_class(
+            config_class(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=1, **extra)
+        )
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.data.normal_(0, 0.3)
+    model.save_pretrained(path)
+    tokenizer_class, newline = DECODER_TOKENIZERS[family]
+    pieces = {**_WORDS, "x": 60, "▁": 61, newline: 62}
+    names = {"pad_token": "<pad>", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer_class(vocab=pieces, merges=[], **names).save_pretrained(path)
+    return path
+
+
+@functools.cache
+def _t5_folder(family: str) -> Path:
     config_class, model_class, extra = CLASSES[family]
     config = config_class(
         vocab_size=VOCABULARY, d_model=16, d_kv=4, num_heads=3, d_ff=32, num_layers=3, num_decoder_layers=2,
@@ -56,18 +107,17 @@ def folder(family: str = "t5") -> Path:
             if "relative_attention_bias" in name:
                 weight.data.normal_()
     model.save_pretrained(path)
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 60)}}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        tokenizer_object=Tokenizer(WordLevel(_WORDS, unk_token="<unk>")),
         pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
     )  # fmt: skip
     tokenizer.save_pretrained(path)
     return path
 
 
-def plain(family: str = "t5", attention: str = "sdpa") -> Any:
+def plain(family: str | None = None, attention: str = "sdpa") -> Any:
     """Return transformers' own model of the folder, untouched by polyprompt."""
-    _, model_class, _ = CLASSES[family]
+    _, model_class, _ = (CLASSES | DECODER_CLASSES)[family or default_family]
     return model_class.from_pretrained(folder(family), attn_implementation=attention, dtype=torch.float32).eval()
 
 
@@ -77,13 +127,19 @@ def _loaded(family: str, train: bool, precision: Any, keys: tuple[tuple[str, Any
     return backbone.load(config, train=train, precision=precision, seed=0)
 
 
-def load(family: str = "t5", *, train: bool = True, precision: Any = "fp32", **keys: Any) -> backbone.Backbone:
+def load(family: str | None = None, *, train: bool = True, precision: Any = "fp32", **keys: Any) -> backbone.Backbone:
     """Return a fresh copy of the tiny backbone; the keys are those of BackboneConfig."""
-    return copy.deepcopy(_loaded(family, train, precision, tuple(sorted(keys.items()))))
+    return copy.deepcopy(_loaded(family or default_family, train, precision, tuple(sorted(keys.items()))))
 
 
 def model(
-    config: MethodConfig, family: str = "t5", *, train: bool = True, precision: Any = "fp32", seed: int = 0, **keys: Any
+    config: MethodConfig,
+    family: str | None = None,
+    *,
+    train: bool = True,
+    precision: Any = "fp32",
+    seed: int = 0,
+    **keys: Any,
 ) -> PromptedModel:
     """Return a prompted model in eval mode with NUM_TASKS tasks."""
     loaded = load(family, train=train, precision=precision, **keys)

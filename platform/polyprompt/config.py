@@ -53,6 +53,8 @@ class BackboneConfig(Section):
 
     name: Annotated[str, AfterValidator(_address)] = "embedded"
     revision: str | None = None
+    #: A GGUF file in the folder or repository: weights, config and tokenizer in one. Needs the package gguf.
+    gguf_file: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
     #: Train the backbone too. None: as the method's paper does (full and hyperprompt: yes; prompt_tuning and smop: no).
@@ -62,6 +64,16 @@ class BackboneConfig(Section):
     attention: Literal["sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    #: Decoder-only models: the one token between input and target, as text. None: a newline.
+    input_end: str | None = None
+
+    @model_validator(mode="after")
+    def _file_has_a_folder(self) -> "BackboneConfig":
+        if self.gguf_file and self.name == "embedded":
+            raise ValueError(
+                f"backbone.gguf_file={self.gguf_file} needs backbone.name: the folder or hub repository that holds it"
+            )
+        return self
 
 
 class FullConfig(Section):

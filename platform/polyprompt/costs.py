@@ -8,11 +8,16 @@ feed-forward block, else 2. In multiply-adds:
     decoder layer  4·H·A·S + 2·A·S·(S + P) + 2·H·A·S + 2·H·A·T + 2·A·S·T + f·H·F·S
     total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R
 
+A decoder-only model has one sequence of T + S tokens; with grouped-query attention its keys and values have a smaller
+A', heads of keys times head size:
+
+    layer          (2·H·A + 2·H·A' + f·H·F)·(T + S) + 2·A·(T + S)·(T + S + P)
+
 One multiply-add is two operations. Norms, activations, softmax and embedding look-ups are left out, and so are
 hypernetworks: what they make depends on the task alone, so it is computed once, not for each prediction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,17 +27,36 @@ from polyprompt.model import PromptedModel
 
 def inference_flops(model: PromptedModel, num_input_tokens: int, num_target_tokens: int) -> int:
     """Return the operations of one row. num_input_tokens: without the prompt."""
-    config, method = model.backbone.model.config, model.method
-    lengths = method.prompt_lengths()
-    inputs, targets = num_input_tokens + method.input_length, num_target_tokens
+    lengths, input_length = model.method.prompt_lengths(), model.method.input_length
+    hidden, vocabulary = model.backbone.dims(1).hidden, model.backbone.model.config.vocab_size
+    layers = _encoder_decoder if model.backbone.dims(1).encoder is not None else _decoder_only
+    head = hidden * vocabulary * num_target_tokens + hidden * model.method.num_routes
+    return 2 * (layers(model, num_input_tokens + input_length, num_target_tokens, lengths) + head)
+
+
+def _encoder_decoder(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:
+    """Return the multiply-adds of all layers."""
+    config = model.backbone.model.config
     hidden, inner = config.d_model, config.num_heads * config.d_kv
     projection = hidden * inner
     feed_forward = (3 if "gated" in config.feed_forward_proj else 2) * hidden * config.d_ff
     encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + feed_forward)
     own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + feed_forward)
     cross = 2 * projection * (targets + inputs) + 2 * inner * targets * inputs
-    head = hidden * config.vocab_size * targets + hidden * method.num_routes
-    return 2 * (config.num_layers * encoder + config.num_decoder_layers * (own + cross) + head)
+    return config.num_layers * encoder + config.num_decoder_layers * (own + cross)
+
+
+def _decoder_only(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:
+    """Return the multiply-adds of all layers."""
+    config, stack = model.backbone.model.config, model.backbone.dims(1).decoder
+    hidden, tokens = config.hidden_size, inputs + targets
+    inner, narrow = (n * stack.head_dim for n in (model.backbone.num_query_heads, stack.num_heads))
+    if config.model_type == "gpt2":
+        feed_forward = 2 * hidden * (config.n_inner or 4 * hidden)
+    else:
+        feed_forward = 3 * hidden * config.intermediate_size
+    attention = 2 * inner * (tokens + lengths.get("method.decoder_length", 0))
+    return stack.num_layers * tokens * (2 * hidden * (inner + narrow) + attention + feed_forward)
 
 
 def median_lengths(data: Sequence[AnyData]) -> tuple[int, int]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from polyprompt.backbone import Backbone, Encoded
+from polyprompt.backbone_base import Backbone, Encoded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import KeyValues, Method, ParameterGroup, Prompts
+from polyprompt.tasks.records import TextTask
 
 #: Label of a target position that has no loss.
 IGNORED = -100
@@ -83,7 +84,8 @@ class PromptedModel(nn.Module):
     ) -> list[list[float]]:
         """Return the total log-likelihood of every choice of each row. Rows may have different numbers of choices.
 
-        choices: the target ids of each choice of each row, end token included. The encoder runs once for each row.
+        choices: the target ids of each choice of each row, end token included. An encoder runs once for each row; a
+        decoder-only model reads the input anew with each choice.
         """
         encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
         device = input_ids_BT.device
@@ -149,10 +151,7 @@ class PromptedModel(nn.Module):
 
     def _nll(self, labels_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
         """Return the summed negative log-likelihood of each row's target."""
-        start_B1 = labels_BS.new_full((len(labels_BS), 1), self.backbone.start_id)
-        # What stands after the end of a target has no influence on it: the decoder is causal.
-        decoder_input_ids_BS = torch.cat([start_B1, labels_BS[:, :-1].clamp(min=0)], dim=1)
-        logits_BSV = self.backbone.decode(decoder_input_ids_BS, encoded, prompts)
+        logits_BSV = self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts)
         nll = cross_entropy(
             logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -168,6 +167,15 @@ def input_limit(config: RunConfig, backbone: Backbone, method: Method) -> int:
     limit = backbone.max_input_tokens
     wanted = config.data.max_input_tokens
     name = config.backbone.name
+    reserved = backbone.reserved_tokens(config.data.max_target_tokens)
+    if limit is not None and reserved:
+        if reserved >= limit:
+            raise ConfigError(
+                f"data.max_target_tokens={config.data.max_target_tokens} leaves nothing of the {limit} tokens that "
+                f"backbone.name={name} has for prompt, input and target. Lower data.max_target_tokens"
+            )
+        limit -= reserved
+        name += f", the target's {reserved} taken off"
     if limit is not None:
         for key, length in method.prompt_lengths().items():
             if length >= limit:
@@ -189,6 +197,20 @@ def input_limit(config: RunConfig, backbone: Backbone, method: Method) -> int:
             f"least {MIN_INPUT}. Lower method.length, or set data.max_input_tokens"
         )
     return left
+
+
+def check_window(config: RunConfig, task: TextTask, backbone: Backbone, method: Method) -> None:
+    """Refuse windows of text that a decoder-only model has no positions for. Raises ConfigError."""
+    limit = backbone.max_input_tokens
+    if backbone.dims(1).encoder is not None or limit is None or task.input_tokens is None:
+        return
+    # Input and target are cut from one window and each ends in one more token.
+    room = limit - backbone.reserved_tokens(1) - method.input_length
+    if task.input_tokens > room:
+        raise ConfigError(
+            f"tasks: {task.name}: input_tokens={task.input_tokens} exceeds the {room} tokens that method.length="
+            f"{method.input_length} leaves of the {limit} of backbone.name={config.backbone.name}. Lower input_tokens"
+        )
 
 
 def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:

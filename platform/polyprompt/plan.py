@@ -14,8 +14,9 @@ from polyprompt.costs import inference_flops, median_lengths
 from polyprompt.data import AnyData, majority, prepare
 from polyprompt.errors import ConfigError
 from polyprompt.mixture import Mixture, rates
-from polyprompt.model import PromptedModel, input_limit
+from polyprompt.model import PromptedModel, check_window, input_limit
 from polyprompt.tasks import catalog
+from polyprompt.tasks.records import TextTask
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ def build(config: RunConfig) -> tuple[PromptedModel, Sequence[AnyData]]:
     )
     method = methods.build(config.method, backbone.dims(len(tasks)), seed=config.train.seed)
     limit = input_limit(config, backbone, method)
+    for task in tasks:
+        if isinstance(task, TextTask):
+            check_window(config, task, backbone, method)
     model = PromptedModel(backbone, method)
     if not model.named_groups():
         raise ConfigError(
@@ -92,13 +96,15 @@ def memory(config: RunConfig, model: PromptedModel, data: Sequence[AnyData]) -> 
     rows = -(-rows // config.train.gradient_accumulation_steps)
     length = max(task.train.longest[0] for task in data) + model.method.input_length
     dims = model.backbone.dims(len(data))
+    targets = max(task.train.longest[1] for task in data)
     half = 0
     for stack, tokens in (
         (dims.encoder, length),
-        (dims.decoder, max(task.train.longest[1] for task in data)),
+        # A decoder-only model has input and target in one sequence.
+        (dims.decoder, targets if dims.encoder is not None else length + targets),
     ):
         if stack is not None:
-            layer = 34 * tokens * dims.hidden + 5 * stack.num_heads * tokens**2
+            layer = 34 * tokens * dims.hidden + 5 * model.backbone.num_query_heads * tokens**2
             kept = 2 * tokens * dims.hidden
             layers = stack.num_layers
             half += rows * (kept * layers + layer if config.backbone.gradient_checkpointing else layer * layers)

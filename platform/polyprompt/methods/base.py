@@ -15,7 +15,10 @@ ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone"]
 
 @dataclass(frozen=True)
 class StackDims:
-    """One stack of self-attention layers. N * D need not equal the hidden size (T5-3B, T5-11B)."""
+    """One stack of self-attention layers. N * D need not equal the hidden size (T5-3B, T5-11B).
+
+    num_heads: of keys and values; with grouped-query attention the queries have more.
+    """
 
     num_layers: int
     num_heads: int

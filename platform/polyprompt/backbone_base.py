@@ -1,0 +1,115 @@
+"""What every backbone offers, whatever its kind, and how it is identified.
+
+Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H hidden size, V vocabulary.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from polyprompt.methods.base import Dims, Prompts
+
+
+class Encoded(NamedTuple):
+    """The input, made ready once for all its targets; input prompts included. T counts them too.
+
+    hidden_BTH: of an encoder-decoder model the encoder's output, of a decoder-only model its input embeddings.
+    """
+
+    hidden_BTH: Tensor
+    mask_BT: Tensor
+
+
+class Backbone(nn.Module, ABC):
+    """A loaded model and its tokenizer. Make one with `backbone.load`."""
+
+    #: The entries of a model's config that shape what it computes; the rest is bookkeeping and changes with versions.
+    ARCHITECTURE_KEYS: ClassVar[tuple[str, ...]]
+    #: The entries of a model's config that hold a dropout rate.
+    DROPOUT_KEYS: ClassVar[tuple[str, ...]]
+
+    model: Any
+    tokenizer: Any
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, revision: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        sha256 = _content_hash(self.ARCHITECTURE_KEYS, model, tokenizer)
+        self._identity = {"name": name, "revision": revision, "sha256": sha256}
+
+    @property
+    @abstractmethod
+    def max_input_tokens(self) -> int | None:
+        """The length limit that the model states, or None."""
+
+    @property
+    def num_query_heads(self) -> int:
+        """Heads of a self-attention layer; `dims` states those of keys and values, which may be fewer."""
+        return self.model.config.num_attention_heads
+
+    @abstractmethod
+    def reserved_tokens(self, max_target_tokens: int) -> int:
+        """Return how much of `max_input_tokens` neither prompt nor input can have."""
+
+    @abstractmethod
+    def dims(self, num_tasks: int) -> Dims:
+        """Return what a method needs to know."""
+
+    @abstractmethod
+    def encode(self, x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> Encoded:
+        """Make [input prompts ; x] ready. x_BTH: from `embed`, padded on the right."""
+
+    @abstractmethod
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
+        """Return logits_BSV: those at s are of target s, given the input and the targets before s."""
+
+    @abstractmethod
+    def generate(
+        self, encoded: Encoded, prompts: Prompts, *, max_new_tokens: int, num_beams: int, use_cache: bool
+    ) -> Tensor:
+        """Return generated ids_BS, padded, the target alone."""
+
+    def identity(self) -> dict[str, str | None]:
+        """Return name, revision and sha256 of architecture, vocabulary and weights as they were loaded (in fp32)."""
+        return dict(self._identity)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `load` and transformers' own classes can read."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def embed(self, input_ids_BT: Tensor) -> Tensor:
+        """Return x_BTH."""
+        return self.model.get_input_embeddings()(input_ids_BT)
+
+    def ordinary_embeddings(self) -> Tensor:
+        """Return the embeddings of the pieces that are no special tokens, in the order of their ids."""
+        special = set(self.tokenizer.all_special_ids)
+        ordinary = [i for i in range(len(self.tokenizer)) if i not in special]
+        return self.model.get_input_embeddings().weight[torch.tensor(ordinary)].detach()
+
+
+def with_input_prompts(x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Return [input prompts ; x] and its mask."""
+    if prompts.inputs_BPH is None:
+        return x_BTH, mask_BT
+    mask_BP = mask_BT.new_ones(prompts.inputs_BPH.shape[:2]) if prompts.mask_BP is None else prompts.mask_BP
+    joined_BTH = torch.cat([prompts.inputs_BPH.to(x_BTH.dtype), x_BTH], dim=1)
+    return joined_BTH, torch.cat([mask_BP.to(mask_BT.dtype), mask_BT], dim=1)
+
+
+def _content_hash(keys: tuple[str, ...], model: Any, tokenizer: Any) -> str:
+    """Hash what the model computes with: architecture, vocabulary, and every weight once."""
+    config = model.config.to_dict()
+    digest = hashlib.sha256(json.dumps({k: config.get(k) for k in keys}, sort_keys=True).encode())
+    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(memoryview(weight.detach().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""The attention function that glues prompt keys and values on, in every self-attention module that carries a spot.
+
+Prompts travel as the keyword `prompts` of the model's own forward down to its attention function, so nothing is stored
+on a module: threads, gradient checkpointing and cached or beam generation need no care. A module's `prompt_spot` is
+("encoder" or "decoder", layer).
+
+Letters: B rows of a batch, P prompt tokens, L layers, N key-value heads, D head size, Q queries, X keys.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from polyprompt.methods.base import Prompts
+
+
+def attention_name(attention: str) -> str:
+    """Return the name that transformers knows the prompted attention under. attention: sdpa or eager."""
+    return f"polyprompt_{attention}"
+
+
+def register() -> None:
+    """Make the prompted attention known to transformers, around each implementation with its own kind of mask."""
+    AttentionInterface.register(attention_name("sdpa"), prompted(sdpa_attention_forward))
+    AttentionMaskInterface.register(attention_name("sdpa"), sdpa_mask)
+    AttentionInterface.register(attention_name("eager"), prompted(_eager))
+    AttentionMaskInterface.register(attention_name("eager"), eager_mask)
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Call the eager attention of the module's own family, which its modelling file defines under this name."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def prompted(wrapped: Callable) -> Callable:
+    """Return an attention function that prepends a row's prompt keys and values and calls the wrapped one.
+
+    Prompt columns have no position, neither bias nor rotation, and are visible from every query. Real tokens keep
+    theirs. Without prompts the call goes through as is.
+    """
+
+    def attend(
+        module: nn.Module,
+        query_BNQD: Tensor,
+        key_BNXD: Tensor,
+        value_BNXD: Tensor,
+        mask: Tensor | None,
+        *,
+        prompts: Prompts | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        # Cross-attention has no spot.
+        stack, layer = getattr(module, "prompt_spot", (None, 0))
+        made = getattr(prompts, stack) if prompts is not None and stack else None
+        if made is None or made.keys_LBNPD.shape[3] == 0:
+            return wrapped(module, query_BNQD, key_BNXD, value_BNXD, mask, **kwargs)
+        num_prompts, num_queries, num_keys = made.keys_LBNPD.shape[3], query_BNQD.shape[2], key_BNXD.shape[2]
+        if mask is None and module.is_causal and num_queries > 1:
+            # transformers leaves the causal mask to sdpa's is_causal flag, which would hide prompt columns.
+            causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BNQD.device)
+            mask = causal.tril(num_keys - num_queries)[None, None]
+        if mask is not None:
+            mask = pad(mask, (num_prompts, 0), value=True if mask.dtype == torch.bool else 0.0)
+        if "position_bias" in kwargs:  # T5's kind
+            kwargs["position_bias"] = pad(kwargs["position_bias"], (num_prompts, 0))
+        return wrapped(
+            module,
+            query_BNQD,
+            torch.cat([_for_rows(made.keys_LBNPD[layer], key_BNXD), key_BNXD], dim=2),
+            torch.cat([_for_rows(made.values_LBNPD[layer], value_BNXD), value_BNXD], dim=2),
+            mask,
+            is_causal=False,
+            **kwargs,
+        )
+
+    return attend
+
+
+def _for_rows(made_BNPD: Tensor, like_BNXD: Tensor) -> Tensor:
+    """Repeat a row's prompts for its beams, which lie side by side, and follow the dtype of the layer."""
+    beams = len(like_BNXD) // len(made_BNPD)
+    return made_BNPD.to(like_BNXD.dtype).repeat_interleave(beams, dim=0) if beams > 1 else made_BNPD.to(like_BNXD.dtype)
