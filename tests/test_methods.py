@@ -20,7 +20,7 @@ from polyprompt.config import (
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
-from polyprompt.methods.smop import SMoP
+from polyprompt.methods.routing import route, router_logits
 from polyprompt.model import PromptedModel
 from polyprompt.recipe import check
 
@@ -40,6 +40,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "smop": SMoPConfig(length=3),
     "smop top-2": SMoPConfig(length=3, top_k=2, num_prompts=5),
     "smop per task": SMoPConfig(length=3, router="per_task"),
+    "smop none": SMoPConfig(length=3, routing="none"),
+    "smop gumbel": SMoPConfig(length=3, routing="gumbel"),
+    "smop stochastic": SMoPConfig(length=3, routing="stochastic", load_balance=0.1),
     "hyperprompt share": HyperPromptConfig(variant="share", **HYPER),
     "hyperprompt sep": HyperPromptConfig(variant="sep", **HYPER),
     "hyperprompt global": HyperPromptConfig(variant="global", **HYPER),
@@ -337,6 +340,10 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "smop", "num_prompts": 2, "top_k": 3}, "method.top_k", "3", "at most method.num_prompts=2"),
         ({"name": "smop", "num_prompts": 0}, "method.num_prompts", "0", "greater than 0"),
         ({"name": "smop", "num_prompts": 25}, "method.num_prompts", "25", "between 1 and"),
+        ({"name": "smop", "routing": "none", "top_k": 2}, "method.top_k", "2", "belongs to method.routing=top_k"),
+        ({"name": "smop", "routing": "random"}, "method.routing", "random", "'top_k', 'none', 'gumbel'"),
+        ({"name": "smop", "gate": "batch_sum", "routing": "none"}, "method.gate", "batch_sum", "method.routing=top_k"),
+        ({"name": "smop", "load_balance": -1}, "method.load_balance", "-1", "greater than or equal to 0"),
         ({"name": "smop", "gate": "sum"}, "method.gate", "sum", "'probability' or 'batch_sum'"),
         ({"name": "hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
         ({"name": "hyperprompt", "stacks": "all"}, "method.stacks", "all", "'both', 'encoder' or 'decoder'"),
@@ -393,7 +400,7 @@ def test_vocabulary_start_takes_different_ordinary_pieces_for_each_task() -> Non
 
 
 def slow_smop(model: PromptedModel, row: int, top_k: int, per_task: bool) -> Tensor:
-    """[Σ over the top_k of p_j·P_j] of one row, straight from the formula."""
+    """[Σ over the top_k of p_j·P_j] of one row, straight from the formula. With top_k = 0: P_c, without its factor."""
     input_ids, mask, _, task = tiny.batch()
     embedding = model.backbone.model.shared.weight
     words = [embedding[i] for i, real in zip(input_ids[row], mask[row], strict=True) if real]
@@ -401,18 +408,30 @@ def slow_smop(model: PromptedModel, row: int, top_k: int, per_task: bool) -> Ten
     router_HR = model.method.get_parameter("router_GHR")[task[row] if per_task else 0]
     weights = torch.stack([(mean @ router_HR[:, j]).exp() for j in range(router_HR.shape[1])])
     p = weights / weights.sum()
-    best = sorted(range(len(p)), key=lambda j: -p[j].item())[:top_k]
+    best = sorted(range(len(p)), key=lambda j: -p[j].item())[: top_k or 1]
+    if top_k == 0:
+        return model.method.get_parameter("prompts_RPH")[best[0]]
     prompts = [p[j] * model.method.get_parameter("prompts_RPH")[j] for j in best]
     return sum(prompts[1:], prompts[0])
 
 
-@pytest.mark.parametrize("name", ["smop", "smop top-2", "smop per task"])
+@pytest.mark.parametrize(
+    ("name", "top_k"),
+    [
+        ("smop", 1),
+        ("smop top-2", 2),
+        ("smop per task", 1),
+        ("smop none", 4),
+        ("smop gumbel", 0),
+        ("smop stochastic", 1),
+    ],
+)
 @torch.no_grad()
-def test_smop_is_the_formula(name: str) -> None:
+def test_smop_is_the_formula(name: str, top_k: int) -> None:
     model = tiny.model(CONFIGS[name])
     made = prompts_of(model)["inputs"]
     for row in range(6):
-        expected = slow_smop(model, row, 2 if "2" in name else 1, "task" in name)
+        expected = slow_smop(model, row, top_k, "task" in name)
         torch.testing.assert_close(made[row], expected, atol=1e-6, rtol=1e-5)
 
 
@@ -430,27 +449,37 @@ def test_smop_perturbs_in_training_only_and_only_if_asked() -> None:
 @torch.no_grad()
 def test_smop_perturbation_multiplies_the_logits() -> None:
     model, (input_ids, mask, _, task) = tiny.model(SMoPConfig(length=3)), tiny.batch()
-    assert isinstance(model.method, SMoP)
+    config = CONFIGS["smop"]
+    assert isinstance(config, SMoPConfig)
     x = model.backbone.embed(input_ids)
-    clean = model.method._probability(x, mask, task)
-    model.method.train()
-    torch.manual_seed(11)
-    noisy = model.method._probability(x, mask, task)
-    torch.manual_seed(11)
-    factor = 1 + torch.randn(6, 4)
-    # log p is the logit up to a constant of the row; that constant is taken out with the router's own logits.
+    logits = router_logits(config, model.method.get_parameter("router_GHR"), x, mask, task)
     mean = (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-    logits = mean @ model.method.router_GHR[0]
-    torch.testing.assert_close(clean, logits.softmax(-1), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(noisy, (logits * factor).softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits, mean @ model.method.get_parameter("router_GHR")[0], atol=1e-6, rtol=1e-5)
+    clean = route(config, logits, training=False)
+    torch.manual_seed(11)
+    noisy = route(config, logits, training=True)
+    torch.manual_seed(11)
+    p = (logits * (1 + torch.randn(6, 4))).softmax(-1)
+    assert torch.equal(clean.weight_BC[:, 0], logits.softmax(-1).amax(-1))
+    assert torch.equal(noisy.weight_BC[:, 0], p.amax(-1))
+    assert torch.equal(noisy.choice_BC[:, 0], p.argmax(-1))
+    assert not torch.equal(noisy.choice_BC, clean.choice_BC)
+    # The load is of the noisy choice; what prediction would do is told from the clean logits.
+    assert torch.equal(noisy.aux["router/load"].argmax(-1), p.argmax(-1))
+    for name in ("router/share", "router/probability"):
+        assert torch.equal(noisy.aux[name], clean.aux[name])
 
 
 def test_smop_reports_routing_and_trains_the_chosen_prompts_only() -> None:
     model = tiny.model(CONFIGS["smop"], train=False)
     loss = model(*tiny.batch())
     loss.total.backward()
-    probability, choice = loss.aux["router/probability"], loss.aux["router/choice"]
+    probability, load = loss.aux["router/probability"], loss.aux["router/load"]
+    choice = load.argmax(dim=1)
     assert not probability.requires_grad
+    assert not load.requires_grad
+    assert torch.equal(load, loss.aux["router/share"])
+    assert torch.equal(load, torch.nn.functional.one_hot(choice, 4).float())
     torch.testing.assert_close(probability.sum(dim=1), torch.ones(6))
     assert torch.equal(choice, probability.argmax(dim=1))
     grad = model.method.get_parameter("prompts_RPH").grad
@@ -470,12 +499,75 @@ def test_smop_batch_sum_multiplies_with_the_prompts_chosen_in_the_batch() -> Non
     paper, oddity = tiny.model(SMoPConfig(length=3)), tiny.model(SMoPConfig(length=3, gate="batch_sum"))
     input_ids, mask, _, task = tiny.batch()
     made = paper.method.prompts(paper.backbone.embed(input_ids), mask, task)
-    p, choice = made.aux["router/probability"], made.aux["router/choice"]
+    p, choice = made.aux["router/probability"], made.aux["router/load"].argmax(dim=1)
     total = sum(paper.method.get_parameter("prompts_RPH")[c] for c in choice)
     expected = torch.stack([p[row, choice[row]] * total for row in range(6)])
     torch.testing.assert_close(prompts_of(oddity)["inputs"], expected, atol=1e-5, rtol=1e-5)
     batch = tiny.batch()
     assert not torch.allclose(oddity(*batch).nll_B[:1], oddity(*tiny.rows(batch, [0])).nll_B)
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.1, 0.2, 3.0], [1.0, 1.1, 0.9, 0.8]])
+
+
+def test_stochastic_routing_draws_a_prompt_by_its_probability() -> None:
+    config = SMoPConfig(routing="stochastic")
+    torch.manual_seed(0)
+    many = route(config, LOGITS.repeat(4000, 1), training=True)
+    counts = torch.nn.functional.one_hot(many.choice_BC[:, 0], 4).view(4000, 3, 4).float().mean(0)
+    torch.testing.assert_close(counts, LOGITS.softmax(-1), atol=0.03, rtol=0)
+    torch.testing.assert_close(many.weight_BC, LOGITS.softmax(-1).repeat(4000, 1).gather(1, many.choice_BC))
+
+
+def test_gumbel_routing_draws_one_prompt_and_passes_the_gradient_straight_through() -> None:
+    logits = LOGITS.repeat(4000, 1).requires_grad_()
+    torch.manual_seed(0)
+    made = route(SMoPConfig(routing="gumbel", gumbel_temperature=0.5), logits, training=True)
+    assert torch.equal(made.weight_BC.detach(), made.aux["router/load"])
+    assert torch.equal(made.weight_BC.detach().amax(-1), torch.ones(12000))
+    # Gumbel-max: the prompts are drawn by their probabilities, whatever the temperature.
+    shares = made.aux["router/load"].view(4000, 3, 4).mean(0)
+    torch.testing.assert_close(shares, LOGITS.softmax(-1), atol=0.03, rtol=0)
+    # The gradient is the relaxed sample's: torch's own straight-through estimator under the same noise.
+    torch.manual_seed(1)
+    made = route(SMoPConfig(routing="gumbel", gumbel_temperature=0.5), logits, training=True)
+    torch.manual_seed(1)
+    other = logits.detach().clone().requires_grad_()
+    expected = torch.nn.functional.gumbel_softmax(other, tau=0.5, hard=True)
+    assert torch.equal(made.weight_BC.round(), expected.round())
+    values = torch.arange(4.0)
+    (made.weight_BC @ values).sum().backward()
+    (expected @ values).sum().backward()
+    torch.testing.assert_close(logits.grad, other.grad)
+
+
+def test_the_load_balance_loss_is_that_of_fedus() -> None:
+    """Equation 4: α · N · Σ f_i · P_i; it is α for uniform routing and α·N for a collapsed router."""
+    config = SMoPConfig(load_balance=0.3, perturbation=False)
+    logits = LOGITS.clone().requires_grad_()
+    made = route(config, logits, training=True)
+    assert made.penalty_B is not None
+    p = LOGITS.softmax(-1)
+    f = torch.tensor([1.0, 1.0, 0.0, 1.0]) / 3  # rows 0, 2 and 1 pick prompts 0, 1 and 3
+    torch.testing.assert_close(made.penalty_B.mean(), 0.3 * 4 * (f * p.mean(0)).sum())
+    made.penalty_B.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.any()
+    for rows, expected in ((torch.eye(4), 0.3), (torch.tensor([[1.0, 0, 0, 0]] * 4), 1.2)):
+        collapsed = route(config, 50 * rows, training=True).penalty_B
+        assert collapsed is not None
+        assert collapsed.mean().item() == pytest.approx(expected)
+    assert route(SMoPConfig(), LOGITS, training=True).penalty_B is None
+
+
+@pytest.mark.parametrize("routing", ["top_k", "none", "gumbel", "stochastic"])
+def test_routing_is_noisy_in_training_where_it_says_so(routing: str) -> None:
+    config = SMoPConfig.model_validate({"routing": routing})
+    made = [route(config, LOGITS.repeat(20, 1), training=training) for training in (True, True, False, False)]
+    train, again, predict, same = (m.aux["router/load"] for m in made)
+    assert torch.equal(predict, same)
+    assert torch.equal(train, again) == (routing == "none")
+    assert torch.equal(train, predict) == (routing == "none")
 
 
 # HyperPrompt

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -81,27 +82,60 @@ class PromptTuningConfig(Section):
     init_std: PositiveFloat = 0.5
 
 
-class SMoPConfig(Section):
+class RoutingConfig(Section):
+    """A router that picks or mixes prompts for each row."""
+
+    num_prompts: PositiveInt = 4
+    #: top_k: the top_k likeliest prompts; none: all of them, mixed; gumbel: one drawn with Gumbel noise, gradient
+    #: straight through; stochastic: one drawn by its probability. Prediction takes the likeliest instead of drawing.
+    routing: Literal["top_k", "none", "gumbel", "stochastic"] = "top_k"
+    top_k: PositiveInt = 1
+    #: Multiply the router's logits by 1 + N(0, 1) in training. None: with routing=top_k.
+    perturbation: bool | None = None
+    #: Of routing=gumbel; lower is closer to one prompt in the gradient too.
+    gumbel_temperature: PositiveFloat = 1.0
+    #: Weight of the load-balance loss (Fedus et al. 2022, eq. 4, use 0.01). 0: none.
+    load_balance: NonNegativeFloat = 0.0
+    #: shared: one router for all tasks; per_task: one router a task. The prompts are shared either way.
+    router: Literal["shared", "per_task"] = "shared"
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k > self.num_prompts:
+            raise ValueError(f"method.top_k={self.top_k} must be at most method.num_prompts={self.num_prompts}")
+        if self.top_k != 1 and self.routing != "top_k":
+            raise ValueError(
+                f"method.top_k={self.top_k} belongs to method.routing=top_k, not {self.routing}; "
+                "set method.top_k=1 or method.routing=top_k"
+            )
+        return self
+
+    @property
+    def perturbed(self) -> bool:
+        return self.routing == "top_k" if self.perturbation is None else self.perturbation
+
+    @property
+    def num_mixed(self) -> int:
+        """How many prompts make up a row's prompt in prediction."""
+        return {"top_k": self.top_k, "none": self.num_prompts}.get(self.routing, 1)
+
+
+class SMoPConfig(RoutingConfig):
     """Sparse mixture of prompts (Choi et al. 2023): k short prompts and a router."""
 
     name: Literal["smop"] = "smop"
-    num_prompts: PositiveInt = 4
     length: NonNegativeInt = 5
-    top_k: PositiveInt = 1
-    #: Multiply the router's logits by 1 + N(0, 1) in training.
-    perturbation: bool = True
-    #: shared: one router and one set of prompts for all tasks; per_task: one router a task over the shared prompts.
-    router: Literal["shared", "per_task"] = "shared"
     #: probability: the paper. batch_sum: what the authors' code does at top-1; rows then depend on their batch-mates.
     gate: Literal["probability", "batch_sum"] = "probability"
     init_std: PositiveFloat = 1.0
 
     @model_validator(mode="after")
-    def _top_k_fits(self) -> "SMoPConfig":
-        if self.top_k > self.num_prompts:
-            raise ValueError(f"method.top_k={self.top_k} must be at most method.num_prompts={self.num_prompts}")
-        if self.gate == "batch_sum" and self.top_k != 1:
-            raise ValueError("method.gate=batch_sum exists at method.top_k=1 only; set method.top_k=1")
+    def _gate_fits(self) -> "SMoPConfig":
+        if self.gate == "batch_sum" and (self.top_k != 1 or self.routing != "top_k"):
+            raise ValueError(
+                "method.gate=batch_sum exists at method.routing=top_k, method.top_k=1 only; "
+                "set these, or method.gate=probability"
+            )
         return self
 
 
