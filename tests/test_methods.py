@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from polyprompt.config import (
     HyperPromptConfig,
     MethodConfig,
     PromptTuningConfig,
+    RoutedHyperPromptConfig,
     SMoPConfig,
 )
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
+from polyprompt.methods.routed_hyperprompt import RoutedHyperPrompt
 from polyprompt.methods.routing import route, router_logits
 from polyprompt.model import PromptedModel
 from polyprompt.recipe import check
@@ -48,6 +51,10 @@ CONFIGS: dict[str, MethodConfig] = {
     "hyperprompt global": HyperPromptConfig(variant="global", **HYPER),
     "hyperprompt encoder": HyperPromptConfig(variant="global", stacks="encoder", **HYPER),
     "hyperprompt decoder": HyperPromptConfig(variant="share", stacks="decoder", **HYPER),
+    "routed_hyperprompt": RoutedHyperPromptConfig(**HYPER),
+    "routed_hyperprompt no task": RoutedHyperPromptConfig(task_embedding=False, routing="none", **HYPER),
+    "routed_hyperprompt per task": RoutedHyperPromptConfig(variant="share", router="per_task", **HYPER),
+    "routed_hyperprompt gumbel": RoutedHyperPromptConfig(routing="gumbel", stacks="decoder", **HYPER),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -55,6 +62,7 @@ ZERO: dict[str, MethodConfig] = {
     "smop": SMoPConfig(length=0),
     "hyperprompt": HyperPromptConfig(encoder_length=0, decoder_length=0, reduction=4),
     "hyperprompt encoder": HyperPromptConfig(stacks="encoder", encoder_length=0, reduction=4),
+    "routed_hyperprompt": RoutedHyperPromptConfig(encoder_length=0, decoder_length=0, reduction=4),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -99,7 +107,7 @@ def test_shapes_are_as_declared(name: str) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     if isinstance(config, PromptTuningConfig | SMoPConfig):
         expected["inputs"] = (6, config.length, 16)
-    if isinstance(config, HyperPromptConfig):
+    if isinstance(config, HyperPromptConfig | RoutedHyperPromptConfig):
         if config.stacks != "decoder":
             expected |= dict.fromkeys(("encoder keys", "encoder values"), (6, 3, 3, 3, 4))
         if config.stacks != "encoder":
@@ -345,6 +353,17 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "smop", "gate": "batch_sum", "routing": "none"}, "method.gate", "batch_sum", "method.routing=top_k"),
         ({"name": "smop", "load_balance": -1}, "method.load_balance", "-1", "greater than or equal to 0"),
         ({"name": "smop", "gate": "sum"}, "method.gate", "sum", "'probability' or 'batch_sum'"),
+        ({"name": "routed_hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
+        (
+            {"name": "routed_hyperprompt", "num_prompts": 25, "reduction": 2},
+            "method.num_prompts",
+            "25",
+            "between 1 and",
+        ),
+        (
+            {"name": "routed_hyperprompt", "variant": "share", "task_embedding": True},
+            *("method.task_embedding", "true", "method.variant=global"),
+        ),
         ({"name": "hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
         ({"name": "hyperprompt", "stacks": "all"}, "method.stacks", "all", "'both', 'encoder' or 'decoder'"),
     ],
@@ -668,3 +687,76 @@ def test_hyperprompt_sizes_beside_t5(size: str, variant: str, both: bool, ratio:
 def test_smop_count_of_the_paper() -> None:
     stack = StackDims(12, 12, 64)
     assert methods.expected_parameters(SMoPConfig(), Dims(768, stack, stack, num_tasks=1)) == 18_432
+
+
+# RoutedHyperPrompt
+
+
+def slow_routed(model: PromptedModel, stack: str, c: int, layer: int, row: int, i: int) -> Tensor:
+    """Keys (c = 0) or values (c = 1) of one row, layer and prompt token: Σ p_j·U·ReLU(D·P_j) over the routed."""
+    method, (input_ids, mask, _, task) = model.method, tiny.batch()
+    assert isinstance(method, RoutedHyperPrompt)
+    made = getattr(method, stack)
+    words = [model.backbone.model.shared.weight[i] for i, m in zip(input_ids[row], mask[row], strict=True) if m]
+    mean = sum(words[1:], words[0]) / len(words)
+    router_HR = method.router_GHR[task[row] if method.config.router == "per_task" else 0]
+    weights = torch.stack([(mean @ router_HR[:, j]).exp() for j in range(4)])
+    p = weights / weights.sum()
+    which = range(4) if method.config.routing == "none" else [int(p.argmax())]
+    owner = int(task[row]) if method.config.hypernetworks_know_task else 0
+    total = torch.zeros(3, 4)
+    for j in which:
+        if made.variant == "global":
+            joined = torch.cat([made.task_KY[owner], made.layer_MY[layer]])
+            joint = (joined @ made.mlp_in).clamp(min=0) @ made.mlp_out
+            down = sum(joint[x] * made.down_CXHE[c, x] for x in range(len(joint)))
+            up = sum(joint[x] * made.up_CXEF[c, x] for x in range(len(joint)))
+        else:
+            down, up = made.down_CMGHE[c, layer, 0], made.up_CMGEF[c, layer, 0]
+        # The prompt is weighted before the ReLU here, where one prompt is picked, and after it where all are mixed.
+        prompt = made.prompt_KPH[j, i]
+        if method.config.routing == "top_k":
+            total += (((p[j] * prompt) @ down).clamp(min=0) @ up).view(3, 4)
+        else:
+            weight = 1.0 if method.config.routing == "gumbel" else p[j]
+            total += weight * ((prompt @ down).clamp(min=0) @ up).view(3, 4)
+    return total
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("routed_hyperprompt")])
+@torch.no_grad()
+def test_routed_hyperprompt_is_the_formula(name: str) -> None:
+    model = strong(name)
+    made = prompts_of(model)
+    for stack, num_layers, length in (("encoder", 3, 3), ("decoder", 2, 2)):
+        if f"{stack} keys" not in made:
+            continue
+        for c, layer, row, i in itertools.product(range(2), range(num_layers), range(6), range(length)):
+            got = made[f"{stack} {'values' if c else 'keys'}"][row, layer, :, i]
+            torch.testing.assert_close(got, slow_routed(model, stack, c, layer, row, i), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["share", "global"])
+@torch.no_grad()
+def test_routed_hyperprompt_with_one_prompt_and_no_task_is_hyperprompt_with_a_shared_prompt(variant: Any) -> None:
+    routed = tiny.model(RoutedHyperPromptConfig(num_prompts=1, variant=variant, task_embedding=False, **HYPER))
+    loaded = tiny.load()
+    # One task for all rows: one global prompt, and one task embedding.
+    shared = methods.build(HyperPromptConfig(variant=variant, **HYPER), replace(loaded.dims(1), num_tasks=1), seed=5)
+    own = {key: value for key, value in routed.method.state_dict().items() if key != "router_GHR"}
+    shared.load_state_dict(own)
+    plain = PromptedModel(loaded, shared).eval()
+    input_ids, mask, labels, task = tiny.batch()
+    expected = plain(input_ids, mask, labels, torch.zeros_like(task)).nll_B
+    for training in (False, True):
+        routed.method.train(training)
+        torch.testing.assert_close(routed(input_ids, mask, labels, task).nll_B, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_routed_hyperprompt_routes_rows_of_a_task_differently() -> None:
+    model = tiny.model(CONFIGS["routed_hyperprompt"])
+    loss = model(*tiny.batch(12))
+    assert len(set(loss.aux["router/load"].argmax(-1).tolist())) > 1
+    assert {model.method.group_of(name) for name, _ in model.method.named_parameters()} == {
+        *("prompt", "router", "hypernetwork")
+    }

@@ -56,7 +56,8 @@ class BackboneConfig(Section):
     revision: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too. None: as the method's paper does (full and hyperprompt: yes; prompt_tuning and smop: no).
+    #: Train the backbone too. None: as the method's paper does (full, hyperprompt, routed_hyperprompt: yes;
+    #: prompt_tuning, smop: no).
     trainable: bool | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
@@ -157,7 +158,40 @@ class HyperPromptConfig(Section):
     mlp_hidden_size: PositiveInt = 64
 
 
-MethodConfig = Annotated[FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig, Field(discriminator="name")]
+class RoutedHyperPromptConfig(RoutingConfig):
+    """A router picks a global prompt for each row, hypernetworks make keys and values of it (ours)."""
+
+    name: Literal["routed_hyperprompt"] = "routed_hyperprompt"
+    variant: Literal["share", "global"] = "global"
+    #: Do the hypernetworks know the task? None: with variant=global, which alone has a task embedding.
+    task_embedding: bool | None = None
+    stacks: Literal["both", "encoder", "decoder"] = "both"
+    encoder_length: NonNegativeInt = 16
+    decoder_length: NonNegativeInt = 6
+    #: As of hyperprompt.
+    reduction: PositiveInt = 32
+    layer_task_embedding_size: PositiveInt = 64
+    task_embedding_size: PositiveInt = 64
+    mlp_hidden_size: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _task_embedding_fits(self) -> "RoutedHyperPromptConfig":
+        if self.task_embedding and self.variant != "global":
+            raise ValueError(
+                f"method.task_embedding=true needs method.variant=global, not {self.variant}, whose hypernetworks have "
+                "no task in them. Leave it out, or set method.router=per_task to let the router know the task"
+            )
+        return self
+
+    @property
+    def hypernetworks_know_task(self) -> bool:
+        return self.variant == "global" if self.task_embedding is None else self.task_embedding
+
+
+MethodConfig = Annotated[
+    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | RoutedHyperPromptConfig,
+    Field(discriminator="name"),
+]
 METHOD_NAMES: tuple[str, ...] = tuple(
     get_args(c.model_fields["name"].annotation)[0] for c in get_args(get_args(MethodConfig)[0])
 )
@@ -440,7 +474,7 @@ class RunConfig(Section):
         """Is the backbone trained? As set, or as the method's paper does."""
         if self.backbone.trainable is not None:
             return self.backbone.trainable
-        return self.method.name in ("full", "hyperprompt")
+        return self.method.name in ("full", "hyperprompt", "routed_hyperprompt")
 
     def identity(self) -> str:
         """Return the hash (12 hex digits) of everything that shapes the result (see `shapes_result`)."""
