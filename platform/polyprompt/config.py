@@ -72,14 +72,38 @@ class FullConfig(Section):
     name: Literal["full"] = "full"
 
 
-class PromptTuningConfig(Section):
+class PromptStartConfig(Section):
+    """What input prompts start from.
+
+    vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces. normal: N(0, init_std^2). zero.
+    labels: the mean embedding of each choice of the task, then vocabulary. text: init_text, repeated or cut to length.
+    file: init_file.
+    """
+
+    init: str
+    #: One text for all prompts, or a list with one for each (tasks in order, or the router's prompts).
+    init_text: str | list[str] | None = None
+    #: A bundle's folder, or a .safetensors file with one tensor [prompts or 1, length, hidden] or [length, hidden].
+    #: Of a prompt_tuning bundle each task takes the prompt of its own name.
+    init_file: AbsolutePath | None = None
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Self:
+        for key, init, value in (("init_text", "text", self.init_text), ("init_file", "file", self.init_file)):
+            if self.init == init and value is None:
+                raise ValueError(f"method.init={init} needs method.{key}")
+            if self.init != init and value is not None:
+                raise ValueError(f"method.{key} needs method.init={init}, not {self.init}; set it or drop method.{key}")
+        return self
+
+
+class PromptTuningConfig(PromptStartConfig):
     """Soft prompts before the input (Lester et al. 2021)."""
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
     length: NonNegativeInt = 20
     per_task: bool = True
-    #: vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces; normal: N(0, init_std^2).
-    init: Literal["vocabulary", "normal"] = "vocabulary"
+    init: Literal["vocabulary", "labels", "text", "file", "zero", "normal"] = "vocabulary"
     init_std: PositiveFloat = 0.5
 
 
@@ -121,13 +145,15 @@ class RoutingConfig(Section):
         return {"top_k": self.top_k, "none": self.num_prompts}.get(self.routing, 1)
 
 
-class SMoPConfig(RoutingConfig):
+class SMoPConfig(RoutingConfig, PromptStartConfig):
     """Sparse mixture of prompts (Choi et al. 2023): k short prompts and a router."""
 
     name: Literal["smop"] = "smop"
     length: NonNegativeInt = 5
     #: probability: the paper. batch_sum: what the authors' code does at top-1; rows then depend on their batch-mates.
     gate: Literal["probability", "batch_sum"] = "probability"
+    #: No labels: its prompts belong to no task.
+    init: Literal["vocabulary", "text", "file", "zero", "normal"] = "normal"
     init_std: PositiveFloat = 1.0
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
             case PromptTuningConfig():
                 return PromptTuning(config, dims, seed=seed)
             case SMoPConfig():
-                return SMoP(config, dims)
+                return SMoP(config, dims, seed=seed)
             case HyperPromptConfig():
                 return HyperPrompt(config, dims)
             case RoutedHyperPromptConfig():

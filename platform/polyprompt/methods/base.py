@@ -86,6 +86,10 @@ class Method(nn.Module, ABC):
         """Return config key → prompt tokens, for each kind of prompt of the method."""
         return {"method.length": self.input_length} if self.input_length else {}
 
+    def input_prompts(self) -> nn.Parameter | None:
+        """Return the trained prompts [prompts, P, H] before the input that may start from given vectors, if any."""
+        return None
+
     def initialise(self, embedding_VH: Tensor) -> None:
         """Set parameters that start from the backbone's vocabulary. Called once, before training.
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from polyprompt.config import SMoPConfig
 from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
+from polyprompt.methods.prompt_tuning import start_prompts
 from polyprompt.methods.routing import route, router_logits, start_routers
 
 
@@ -26,10 +27,11 @@ class SMoP(Method):
     Parameters: R·P·H + G·H·R. Prompts of length 0 have neither prompts nor router: the plain backbone.
     """
 
-    def __init__(self, config: SMoPConfig, dims: Dims) -> None:
+    def __init__(self, config: SMoPConfig, dims: Dims, *, seed: int) -> None:
         """Draw the starting values from torch's global stream. ConfigError where an orthogonal router cannot exist."""
         super().__init__()
         self.config = config
+        self.seed = seed
         self.input_length = config.length
         self.task_aware = config.router == "per_task" and config.length > 0
         self.prompts_RPH: nn.Parameter | None = None
@@ -52,6 +54,13 @@ class SMoP(Method):
                 chosen_BCPH = chosen_BCPH.sum(dim=0, keepdim=True)
             inputs_BPH = (routed.weight_BC[:, :, None, None] * chosen_BCPH).sum(dim=1)
         return Prompts(inputs_BPH=inputs_BPH.to(x_BTH.dtype), aux=routed.aux, penalty_B=routed.penalty_B)
+
+    def input_prompts(self) -> nn.Parameter | None:
+        return self.prompts_RPH
+
+    def initialise(self, embedding_VH: Tensor) -> None:
+        if self.prompts_RPH is not None:
+            start_prompts(self.prompts_RPH, self.config.init, embedding_VH, seed=self.seed)
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "router" if parameter == "router_GHR" else "prompt"
