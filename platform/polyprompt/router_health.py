@@ -79,7 +79,7 @@ class Watch:
         if share >= COLLAPSED_SHARE and len(shares) > 1:
             self.collapse = {"step": before.get("step", step), "prompt": prompt, "share": share}
         if self.collapse and not before:
-            log.warning("%s. Try method.load_balance=0.01 or a lower router learning rate", describe(self.collapse))
+            log.warning("%s (docs/methods.md, Routers)", describe(self.collapse))
         elif before and not self.collapse:
             log.info("the router has recovered by step %d", step)
 
