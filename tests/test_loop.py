@@ -161,9 +161,10 @@ def test_the_optimizer_resumes_exactly(small_run: Table) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["full", "prompt_tuning", "smop", "hyperprompt"])
+@pytest.mark.parametrize("method", ["full", "prompt_tuning", "smop", "hyperprompt", "routed_hyperprompt"])
 def test_every_method_trains_in_both_precisions(small_run: Table, tmp_path: Path, method: str, precision: str) -> None:
     lengths = {"prompt_tuning": {"length": 4}, "smop": {"length": 2}, "hyperprompt": small_run["method"]}
+    lengths["routed_hyperprompt"] = {k: v for k, v in small_run["method"].items() if k != "name"}
     small_run["method"] = {"name": method, **lengths.get(method, {})}
     small_run["train"] |= {"max_steps": 2, "precision": precision}
     config = check(small_run)

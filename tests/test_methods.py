@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from polyprompt.config import (
     HyperPromptConfig,
     MethodConfig,
     PromptTuningConfig,
+    RoutedHyperPromptConfig,
     SMoPConfig,
 )
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
-from polyprompt.methods.smop import SMoP
+from polyprompt.methods.routed_hyperprompt import RoutedHyperPrompt
+from polyprompt.methods.routing import route, router_logits
 from polyprompt.model import PromptedModel
 from polyprompt.recipe import check
 
@@ -40,11 +43,18 @@ CONFIGS: dict[str, MethodConfig] = {
     "smop": SMoPConfig(length=3),
     "smop top-2": SMoPConfig(length=3, top_k=2, num_prompts=5),
     "smop per task": SMoPConfig(length=3, router="per_task"),
+    "smop none": SMoPConfig(length=3, routing="none"),
+    "smop gumbel": SMoPConfig(length=3, routing="gumbel"),
+    "smop stochastic": SMoPConfig(length=3, routing="stochastic", load_balance=0.1),
     "hyperprompt share": HyperPromptConfig(variant="share", **HYPER),
     "hyperprompt sep": HyperPromptConfig(variant="sep", **HYPER),
     "hyperprompt global": HyperPromptConfig(variant="global", **HYPER),
     "hyperprompt encoder": HyperPromptConfig(variant="global", stacks="encoder", **HYPER),
     "hyperprompt decoder": HyperPromptConfig(variant="share", stacks="decoder", **HYPER),
+    "routed_hyperprompt": RoutedHyperPromptConfig(**HYPER),
+    "routed_hyperprompt no task": RoutedHyperPromptConfig(task_embedding=False, routing="none", **HYPER),
+    "routed_hyperprompt per task": RoutedHyperPromptConfig(variant="share", router="per_task", **HYPER),
+    "routed_hyperprompt gumbel": RoutedHyperPromptConfig(routing="gumbel", stacks="decoder", **HYPER),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -52,6 +62,7 @@ ZERO: dict[str, MethodConfig] = {
     "smop": SMoPConfig(length=0),
     "hyperprompt": HyperPromptConfig(encoder_length=0, decoder_length=0, reduction=4),
     "hyperprompt encoder": HyperPromptConfig(stacks="encoder", encoder_length=0, reduction=4),
+    "routed_hyperprompt": RoutedHyperPromptConfig(encoder_length=0, decoder_length=0, reduction=4),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -96,7 +107,7 @@ def test_shapes_are_as_declared(name: str) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     if isinstance(config, PromptTuningConfig | SMoPConfig):
         expected["inputs"] = (6, config.length, 16)
-    if isinstance(config, HyperPromptConfig):
+    if isinstance(config, HyperPromptConfig | RoutedHyperPromptConfig):
         if config.stacks != "decoder":
             expected |= dict.fromkeys(("encoder keys", "encoder values"), (6, 3, 3, 3, 4))
         if config.stacks != "encoder":
@@ -337,7 +348,22 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "smop", "num_prompts": 2, "top_k": 3}, "method.top_k", "3", "at most method.num_prompts=2"),
         ({"name": "smop", "num_prompts": 0}, "method.num_prompts", "0", "greater than 0"),
         ({"name": "smop", "num_prompts": 25}, "method.num_prompts", "25", "between 1 and"),
+        ({"name": "smop", "routing": "none", "top_k": 2}, "method.top_k", "2", "belongs to method.routing=top_k"),
+        ({"name": "smop", "routing": "random"}, "method.routing", "random", "'top_k', 'none', 'gumbel'"),
+        ({"name": "smop", "gate": "batch_sum", "routing": "none"}, "method.gate", "batch_sum", "method.routing=top_k"),
+        ({"name": "smop", "load_balance": -1}, "method.load_balance", "-1", "greater than or equal to 0"),
         ({"name": "smop", "gate": "sum"}, "method.gate", "sum", "'probability' or 'batch_sum'"),
+        ({"name": "routed_hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
+        (
+            {"name": "routed_hyperprompt", "num_prompts": 25, "reduction": 2},
+            "method.num_prompts",
+            "25",
+            "between 1 and",
+        ),
+        (
+            {"name": "routed_hyperprompt", "variant": "share", "task_embedding": True},
+            *("method.task_embedding", "true", "method.variant=global"),
+        ),
         ({"name": "hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
         ({"name": "hyperprompt", "stacks": "all"}, "method.stacks", "all", "'both', 'encoder' or 'decoder'"),
     ],
@@ -393,7 +419,7 @@ def test_vocabulary_start_takes_different_ordinary_pieces_for_each_task() -> Non
 
 
 def slow_smop(model: PromptedModel, row: int, top_k: int, per_task: bool) -> Tensor:
-    """[Σ over the top_k of p_j·P_j] of one row, straight from the formula."""
+    """[Σ over the top_k of p_j·P_j] of one row, straight from the formula. With top_k = 0: P_c, without its factor."""
     input_ids, mask, _, task = tiny.batch()
     embedding = model.backbone.model.shared.weight
     words = [embedding[i] for i, real in zip(input_ids[row], mask[row], strict=True) if real]
@@ -401,18 +427,30 @@ def slow_smop(model: PromptedModel, row: int, top_k: int, per_task: bool) -> Ten
     router_HR = model.method.get_parameter("router_GHR")[task[row] if per_task else 0]
     weights = torch.stack([(mean @ router_HR[:, j]).exp() for j in range(router_HR.shape[1])])
     p = weights / weights.sum()
-    best = sorted(range(len(p)), key=lambda j: -p[j].item())[:top_k]
+    best = sorted(range(len(p)), key=lambda j: -p[j].item())[: top_k or 1]
+    if top_k == 0:
+        return model.method.get_parameter("prompts_RPH")[best[0]]
     prompts = [p[j] * model.method.get_parameter("prompts_RPH")[j] for j in best]
     return sum(prompts[1:], prompts[0])
 
 
-@pytest.mark.parametrize("name", ["smop", "smop top-2", "smop per task"])
+@pytest.mark.parametrize(
+    ("name", "top_k"),
+    [
+        ("smop", 1),
+        ("smop top-2", 2),
+        ("smop per task", 1),
+        ("smop none", 4),
+        ("smop gumbel", 0),
+        ("smop stochastic", 1),
+    ],
+)
 @torch.no_grad()
-def test_smop_is_the_formula(name: str) -> None:
+def test_smop_is_the_formula(name: str, top_k: int) -> None:
     model = tiny.model(CONFIGS[name])
     made = prompts_of(model)["inputs"]
     for row in range(6):
-        expected = slow_smop(model, row, 2 if "2" in name else 1, "task" in name)
+        expected = slow_smop(model, row, top_k, "task" in name)
         torch.testing.assert_close(made[row], expected, atol=1e-6, rtol=1e-5)
 
 
@@ -430,27 +468,37 @@ def test_smop_perturbs_in_training_only_and_only_if_asked() -> None:
 @torch.no_grad()
 def test_smop_perturbation_multiplies_the_logits() -> None:
     model, (input_ids, mask, _, task) = tiny.model(SMoPConfig(length=3)), tiny.batch()
-    assert isinstance(model.method, SMoP)
+    config = CONFIGS["smop"]
+    assert isinstance(config, SMoPConfig)
     x = model.backbone.embed(input_ids)
-    clean = model.method._probability(x, mask, task)
-    model.method.train()
-    torch.manual_seed(11)
-    noisy = model.method._probability(x, mask, task)
-    torch.manual_seed(11)
-    factor = 1 + torch.randn(6, 4)
-    # log p is the logit up to a constant of the row; that constant is taken out with the router's own logits.
+    logits = router_logits(config, model.method.get_parameter("router_GHR"), x, mask, task)
     mean = (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-    logits = mean @ model.method.router_GHR[0]
-    torch.testing.assert_close(clean, logits.softmax(-1), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(noisy, (logits * factor).softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits, mean @ model.method.get_parameter("router_GHR")[0], atol=1e-6, rtol=1e-5)
+    clean = route(config, logits, training=False)
+    torch.manual_seed(11)
+    noisy = route(config, logits, training=True)
+    torch.manual_seed(11)
+    p = (logits * (1 + torch.randn(6, 4))).softmax(-1)
+    assert torch.equal(clean.weight_BC[:, 0], logits.softmax(-1).amax(-1))
+    assert torch.equal(noisy.weight_BC[:, 0], p.amax(-1))
+    assert torch.equal(noisy.choice_BC[:, 0], p.argmax(-1))
+    assert not torch.equal(noisy.choice_BC, clean.choice_BC)
+    # The load is of the noisy choice; what prediction would do is told from the clean logits.
+    assert torch.equal(noisy.aux["router/load"].argmax(-1), p.argmax(-1))
+    for name in ("router/share", "router/probability"):
+        assert torch.equal(noisy.aux[name], clean.aux[name])
 
 
 def test_smop_reports_routing_and_trains_the_chosen_prompts_only() -> None:
     model = tiny.model(CONFIGS["smop"], train=False)
     loss = model(*tiny.batch())
     loss.total.backward()
-    probability, choice = loss.aux["router/probability"], loss.aux["router/choice"]
+    probability, load = loss.aux["router/probability"], loss.aux["router/load"]
+    choice = load.argmax(dim=1)
     assert not probability.requires_grad
+    assert not load.requires_grad
+    assert torch.equal(load, loss.aux["router/share"])
+    assert torch.equal(load, torch.nn.functional.one_hot(choice, 4).float())
     torch.testing.assert_close(probability.sum(dim=1), torch.ones(6))
     assert torch.equal(choice, probability.argmax(dim=1))
     grad = model.method.get_parameter("prompts_RPH").grad
@@ -470,12 +518,75 @@ def test_smop_batch_sum_multiplies_with_the_prompts_chosen_in_the_batch() -> Non
     paper, oddity = tiny.model(SMoPConfig(length=3)), tiny.model(SMoPConfig(length=3, gate="batch_sum"))
     input_ids, mask, _, task = tiny.batch()
     made = paper.method.prompts(paper.backbone.embed(input_ids), mask, task)
-    p, choice = made.aux["router/probability"], made.aux["router/choice"]
+    p, choice = made.aux["router/probability"], made.aux["router/load"].argmax(dim=1)
     total = sum(paper.method.get_parameter("prompts_RPH")[c] for c in choice)
     expected = torch.stack([p[row, choice[row]] * total for row in range(6)])
     torch.testing.assert_close(prompts_of(oddity)["inputs"], expected, atol=1e-5, rtol=1e-5)
     batch = tiny.batch()
     assert not torch.allclose(oddity(*batch).nll_B[:1], oddity(*tiny.rows(batch, [0])).nll_B)
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.1, 0.2, 3.0], [1.0, 1.1, 0.9, 0.8]])
+
+
+def test_stochastic_routing_draws_a_prompt_by_its_probability() -> None:
+    config = SMoPConfig(routing="stochastic")
+    torch.manual_seed(0)
+    many = route(config, LOGITS.repeat(4000, 1), training=True)
+    counts = torch.nn.functional.one_hot(many.choice_BC[:, 0], 4).view(4000, 3, 4).float().mean(0)
+    torch.testing.assert_close(counts, LOGITS.softmax(-1), atol=0.03, rtol=0)
+    torch.testing.assert_close(many.weight_BC, LOGITS.softmax(-1).repeat(4000, 1).gather(1, many.choice_BC))
+
+
+def test_gumbel_routing_draws_one_prompt_and_passes_the_gradient_straight_through() -> None:
+    logits = LOGITS.repeat(4000, 1).requires_grad_()
+    torch.manual_seed(0)
+    made = route(SMoPConfig(routing="gumbel", gumbel_temperature=0.5), logits, training=True)
+    assert torch.equal(made.weight_BC.detach(), made.aux["router/load"])
+    assert torch.equal(made.weight_BC.detach().amax(-1), torch.ones(12000))
+    # Gumbel-max: the prompts are drawn by their probabilities, whatever the temperature.
+    shares = made.aux["router/load"].view(4000, 3, 4).mean(0)
+    torch.testing.assert_close(shares, LOGITS.softmax(-1), atol=0.03, rtol=0)
+    # The gradient is the relaxed sample's: torch's own straight-through estimator under the same noise.
+    torch.manual_seed(1)
+    made = route(SMoPConfig(routing="gumbel", gumbel_temperature=0.5), logits, training=True)
+    torch.manual_seed(1)
+    other = logits.detach().clone().requires_grad_()
+    expected = torch.nn.functional.gumbel_softmax(other, tau=0.5, hard=True)
+    assert torch.equal(made.weight_BC.round(), expected.round())
+    values = torch.arange(4.0)
+    (made.weight_BC @ values).sum().backward()
+    (expected @ values).sum().backward()
+    torch.testing.assert_close(logits.grad, other.grad)
+
+
+def test_the_load_balance_loss_is_that_of_fedus() -> None:
+    """Equation 4: α · N · Σ f_i · P_i; it is α for uniform routing and α·N for a collapsed router."""
+    config = SMoPConfig(load_balance=0.3, perturbation=False)
+    logits = LOGITS.clone().requires_grad_()
+    made = route(config, logits, training=True)
+    assert made.penalty_B is not None
+    p = LOGITS.softmax(-1)
+    f = torch.tensor([1.0, 1.0, 0.0, 1.0]) / 3  # rows 0, 2 and 1 pick prompts 0, 1 and 3
+    torch.testing.assert_close(made.penalty_B.mean(), 0.3 * 4 * (f * p.mean(0)).sum())
+    made.penalty_B.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.any()
+    for rows, expected in ((torch.eye(4), 0.3), (torch.tensor([[1.0, 0, 0, 0]] * 4), 1.2)):
+        collapsed = route(config, 50 * rows, training=True).penalty_B
+        assert collapsed is not None
+        assert collapsed.mean().item() == pytest.approx(expected)
+    assert route(SMoPConfig(), LOGITS, training=True).penalty_B is None
+
+
+@pytest.mark.parametrize("routing", ["top_k", "none", "gumbel", "stochastic"])
+def test_routing_is_noisy_in_training_where_it_says_so(routing: str) -> None:
+    config = SMoPConfig.model_validate({"routing": routing})
+    made = [route(config, LOGITS.repeat(20, 1), training=training) for training in (True, True, False, False)]
+    train, again, predict, same = (m.aux["router/load"] for m in made)
+    assert torch.equal(predict, same)
+    assert torch.equal(train, again) == (routing == "none")
+    assert torch.equal(train, predict) == (routing == "none")
 
 
 # HyperPrompt
@@ -576,3 +687,76 @@ def test_hyperprompt_sizes_beside_t5(size: str, variant: str, both: bool, ratio:
 def test_smop_count_of_the_paper() -> None:
     stack = StackDims(12, 12, 64)
     assert methods.expected_parameters(SMoPConfig(), Dims(768, stack, stack, num_tasks=1)) == 18_432
+
+
+# RoutedHyperPrompt
+
+
+def slow_routed(model: PromptedModel, stack: str, c: int, layer: int, row: int, i: int) -> Tensor:
+    """Keys (c = 0) or values (c = 1) of one row, layer and prompt token: Σ p_j·U·ReLU(D·P_j) over the routed."""
+    method, (input_ids, mask, _, task) = model.method, tiny.batch()
+    assert isinstance(method, RoutedHyperPrompt)
+    made = getattr(method, stack)
+    words = [model.backbone.model.shared.weight[i] for i, m in zip(input_ids[row], mask[row], strict=True) if m]
+    mean = sum(words[1:], words[0]) / len(words)
+    router_HR = method.router_GHR[task[row] if method.config.router == "per_task" else 0]
+    weights = torch.stack([(mean @ router_HR[:, j]).exp() for j in range(4)])
+    p = weights / weights.sum()
+    which = range(4) if method.config.routing == "none" else [int(p.argmax())]
+    owner = int(task[row]) if method.config.hypernetworks_know_task else 0
+    total = torch.zeros(3, 4)
+    for j in which:
+        if made.variant == "global":
+            joined = torch.cat([made.task_KY[owner], made.layer_MY[layer]])
+            joint = (joined @ made.mlp_in).clamp(min=0) @ made.mlp_out
+            down = sum(joint[x] * made.down_CXHE[c, x] for x in range(len(joint)))
+            up = sum(joint[x] * made.up_CXEF[c, x] for x in range(len(joint)))
+        else:
+            down, up = made.down_CMGHE[c, layer, 0], made.up_CMGEF[c, layer, 0]
+        # The prompt is weighted before the ReLU here, where one prompt is picked, and after it where all are mixed.
+        prompt = made.prompt_KPH[j, i]
+        if method.config.routing == "top_k":
+            total += (((p[j] * prompt) @ down).clamp(min=0) @ up).view(3, 4)
+        else:
+            weight = 1.0 if method.config.routing == "gumbel" else p[j]
+            total += weight * ((prompt @ down).clamp(min=0) @ up).view(3, 4)
+    return total
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("routed_hyperprompt")])
+@torch.no_grad()
+def test_routed_hyperprompt_is_the_formula(name: str) -> None:
+    model = strong(name)
+    made = prompts_of(model)
+    for stack, num_layers, length in (("encoder", 3, 3), ("decoder", 2, 2)):
+        if f"{stack} keys" not in made:
+            continue
+        for c, layer, row, i in itertools.product(range(2), range(num_layers), range(6), range(length)):
+            got = made[f"{stack} {'values' if c else 'keys'}"][row, layer, :, i]
+            torch.testing.assert_close(got, slow_routed(model, stack, c, layer, row, i), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["share", "global"])
+@torch.no_grad()
+def test_routed_hyperprompt_with_one_prompt_and_no_task_is_hyperprompt_with_a_shared_prompt(variant: Any) -> None:
+    routed = tiny.model(RoutedHyperPromptConfig(num_prompts=1, variant=variant, task_embedding=False, **HYPER))
+    loaded = tiny.load()
+    # One task for all rows: one global prompt, and one task embedding.
+    shared = methods.build(HyperPromptConfig(variant=variant, **HYPER), replace(loaded.dims(1), num_tasks=1), seed=5)
+    own = {key: value for key, value in routed.method.state_dict().items() if key != "router_GHR"}
+    shared.load_state_dict(own)
+    plain = PromptedModel(loaded, shared).eval()
+    input_ids, mask, labels, task = tiny.batch()
+    expected = plain(input_ids, mask, labels, torch.zeros_like(task)).nll_B
+    for training in (False, True):
+        routed.method.train(training)
+        torch.testing.assert_close(routed(input_ids, mask, labels, task).nll_B, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_routed_hyperprompt_routes_rows_of_a_task_differently() -> None:
+    model = tiny.model(CONFIGS["routed_hyperprompt"])
+    loss = model(*tiny.batch(12))
+    assert len(set(loss.aux["router/load"].argmax(-1).tolist())) > 1
+    assert {model.method.group_of(name) for name, _ in model.method.named_parameters()} == {
+        *("prompt", "router", "hypernetwork")
+    }

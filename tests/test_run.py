@@ -213,6 +213,14 @@ class TestOnRay:
             assert result.loss_curve == alone.loss_curve
             assert result.eval == alone.eval
 
+    def test_router_noise_and_balance_loss_are_the_same_on_any_number_of_workers(
+        self, small_run: Table, tmp_path: Path
+    ) -> None:
+        small_run["method"] = {"name": "smop", "length": 2, "routing": "gumbel", "load_balance": 0.5}
+        alone = go(small_run, tmp_path / "0")
+        result = go(small_run, tmp_path / "2", num_workers=2)
+        assert (result.loss_curve, result.eval) == (alone.loss_curve, alone.eval)
+
     def test_a_stopped_run_goes_on_with_another_number_of_workers(self, small_run: Table, tmp_path: Path) -> None:
         alone = go(small_run, tmp_path / "out")
         # As if it had been stopped after its first bundles.

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -57,7 +58,8 @@ class BackboneConfig(Section):
     gguf_file: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too. None: as the method's paper does (full and hyperprompt: yes; prompt_tuning and smop: no).
+    #: Train the backbone too. None: as the method's paper does (full, hyperprompt, routed_hyperprompt: yes;
+    #: prompt_tuning, smop: no).
     trainable: bool | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
@@ -82,38 +84,97 @@ class FullConfig(Section):
     name: Literal["full"] = "full"
 
 
-class PromptTuningConfig(Section):
+class PromptStartConfig(Section):
+    """What input prompts start from.
+
+    vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces. normal: N(0, init_std^2). zero.
+    labels: the mean embedding of each choice of the task, then vocabulary. text: init_text, repeated or cut to length.
+    file: init_file.
+    """
+
+    init: str
+    #: One text for all prompts, or a list with one for each (tasks in order, or the router's prompts).
+    init_text: str | list[str] | None = None
+    #: A bundle's folder, or a .safetensors file with one tensor [prompts or 1, length, hidden] or [length, hidden].
+    #: Of a prompt_tuning bundle each task takes the prompt of its own name.
+    init_file: AbsolutePath | None = None
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Self:
+        for key, init, value in (("init_text", "text", self.init_text), ("init_file", "file", self.init_file)):
+            if self.init == init and value is None:
+                raise ValueError(f"method.init={init} needs method.{key}")
+            if self.init != init and value is not None:
+                raise ValueError(f"method.{key} needs method.init={init}, not {self.init}; set it or drop method.{key}")
+        return self
+
+
+class PromptTuningConfig(PromptStartConfig):
     """Soft prompts before the input (Lester et al. 2021)."""
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
     length: NonNegativeInt = 20
     per_task: bool = True
-    #: vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces; normal: N(0, init_std^2).
-    init: Literal["vocabulary", "normal"] = "vocabulary"
+    init: Literal["vocabulary", "labels", "text", "file", "zero", "normal"] = "vocabulary"
     init_std: PositiveFloat = 0.5
 
 
-class SMoPConfig(Section):
+class RoutingConfig(Section):
+    """A router that picks or mixes prompts for each row."""
+
+    num_prompts: PositiveInt = 4
+    #: top_k: the top_k likeliest prompts; none: all of them, mixed; gumbel: one drawn with Gumbel noise, gradient
+    #: straight through; stochastic: one drawn by its probability. Prediction takes the likeliest instead of drawing.
+    routing: Literal["top_k", "none", "gumbel", "stochastic"] = "top_k"
+    top_k: PositiveInt = 1
+    #: Multiply the router's logits by 1 + N(0, 1) in training. None: with routing=top_k.
+    perturbation: bool | None = None
+    #: Of routing=gumbel; lower is closer to one prompt in the gradient too.
+    gumbel_temperature: PositiveFloat = 1.0
+    #: Weight of the load-balance loss (Fedus et al. 2022, eq. 4, use 0.01). 0: none.
+    load_balance: NonNegativeFloat = 0.0
+    #: shared: one router for all tasks; per_task: one router a task. The prompts are shared either way.
+    router: Literal["shared", "per_task"] = "shared"
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k > self.num_prompts:
+            raise ValueError(f"method.top_k={self.top_k} must be at most method.num_prompts={self.num_prompts}")
+        if self.top_k != 1 and self.routing != "top_k":
+            raise ValueError(
+                f"method.top_k={self.top_k} belongs to method.routing=top_k, not {self.routing}; "
+                "set method.top_k=1 or method.routing=top_k"
+            )
+        return self
+
+    @property
+    def perturbed(self) -> bool:
+        return self.routing == "top_k" if self.perturbation is None else self.perturbation
+
+    @property
+    def num_mixed(self) -> int:
+        """How many prompts make up a row's prompt in prediction."""
+        return {"top_k": self.top_k, "none": self.num_prompts}.get(self.routing, 1)
+
+
+class SMoPConfig(RoutingConfig, PromptStartConfig):
     """Sparse mixture of prompts (Choi et al. 2023): k short prompts and a router."""
 
     name: Literal["smop"] = "smop"
-    num_prompts: PositiveInt = 4
     length: NonNegativeInt = 5
-    top_k: PositiveInt = 1
-    #: Multiply the router's logits by 1 + N(0, 1) in training.
-    perturbation: bool = True
-    #: shared: one router and one set of prompts for all tasks; per_task: one router a task over the shared prompts.
-    router: Literal["shared", "per_task"] = "shared"
     #: probability: the paper. batch_sum: what the authors' code does at top-1; rows then depend on their batch-mates.
     gate: Literal["probability", "batch_sum"] = "probability"
+    #: No labels: its prompts belong to no task.
+    init: Literal["vocabulary", "text", "file", "zero", "normal"] = "normal"
     init_std: PositiveFloat = 1.0
 
     @model_validator(mode="after")
-    def _top_k_fits(self) -> "SMoPConfig":
-        if self.top_k > self.num_prompts:
-            raise ValueError(f"method.top_k={self.top_k} must be at most method.num_prompts={self.num_prompts}")
-        if self.gate == "batch_sum" and self.top_k != 1:
-            raise ValueError("method.gate=batch_sum exists at method.top_k=1 only; set method.top_k=1")
+    def _gate_fits(self) -> "SMoPConfig":
+        if self.gate == "batch_sum" and (self.top_k != 1 or self.routing != "top_k"):
+            raise ValueError(
+                "method.gate=batch_sum exists at method.routing=top_k, method.top_k=1 only; "
+                "set these, or method.gate=probability"
+            )
         return self
 
 
@@ -135,7 +196,40 @@ class HyperPromptConfig(Section):
     mlp_hidden_size: PositiveInt = 64
 
 
-MethodConfig = Annotated[FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig, Field(discriminator="name")]
+class RoutedHyperPromptConfig(RoutingConfig):
+    """A router picks a global prompt for each row, hypernetworks make keys and values of it (ours)."""
+
+    name: Literal["routed_hyperprompt"] = "routed_hyperprompt"
+    variant: Literal["share", "global"] = "global"
+    #: Do the hypernetworks know the task? None: with variant=global, which alone has a task embedding.
+    task_embedding: bool | None = None
+    stacks: Literal["both", "encoder", "decoder"] = "both"
+    encoder_length: NonNegativeInt = 16
+    decoder_length: NonNegativeInt = 6
+    #: As of hyperprompt.
+    reduction: PositiveInt = 32
+    layer_task_embedding_size: PositiveInt = 64
+    task_embedding_size: PositiveInt = 64
+    mlp_hidden_size: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _task_embedding_fits(self) -> "RoutedHyperPromptConfig":
+        if self.task_embedding and self.variant != "global":
+            raise ValueError(
+                f"method.task_embedding=true needs method.variant=global, not {self.variant}, whose hypernetworks have "
+                "no task in them. Leave it out, or set method.router=per_task to let the router know the task"
+            )
+        return self
+
+    @property
+    def hypernetworks_know_task(self) -> bool:
+        return self.variant == "global" if self.task_embedding is None else self.task_embedding
+
+
+MethodConfig = Annotated[
+    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | RoutedHyperPromptConfig,
+    Field(discriminator="name"),
+]
 METHOD_NAMES: tuple[str, ...] = tuple(
     get_args(c.model_fields["name"].annotation)[0] for c in get_args(get_args(MethodConfig)[0])
 )
@@ -418,7 +512,7 @@ class RunConfig(Section):
         """Is the backbone trained? As set, or as the method's paper does."""
         if self.backbone.trainable is not None:
             return self.backbone.trainable
-        return self.method.name in ("full", "hyperprompt")
+        return self.method.name in ("full", "hyperprompt", "routed_hyperprompt")
 
     def identity(self) -> str:
         """Return the hash (12 hex digits) of everything that shapes the result (see `shapes_result`)."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from polyprompt import router_health
 from polyprompt.batches import Batches, GlobalBatch
 from polyprompt.config import RunConfig
 from polyprompt.errors import NotFiniteError
@@ -26,11 +27,13 @@ Scores = Mapping[str, Mapping[str, float]]
 
 @dataclass
 class Window:
-    """What was seen since the last logged step. nll, tokens: by task index. seconds: of training alone."""
+    """What was seen since the last logged step. nll, tokens, penalty: sums by task index; routes: those of
+    router_health, task by task. seconds: of training alone."""
 
     steps: int = 0
     nll: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
+    penalty: list[float] = field(default_factory=list)
     routes: list[float] = field(default_factory=list)
     rows: int = 0
     input_tokens: int = 0
@@ -57,6 +60,7 @@ class TrainState:
     best_mean: float = -math.inf
     best_tasks: dict[str, list[float]] = field(default_factory=dict)
     stopped_early: bool = False
+    router: router_health.Watch = field(default_factory=router_health.Watch)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "best_mean": self.best_mean if self.evaluations else None}
@@ -64,7 +68,8 @@ class TrainState:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TrainState":
         best = -math.inf if data["best_mean"] is None else data["best_mean"]
-        return cls(**{**data, "best_mean": best, "window": Window(**data["window"])})
+        parts = {"window": Window(**data["window"]), "router": router_health.Watch(**data.get("router", {}))}
+        return cls(**{**data, **parts, "best_mean": best})
 
     @property
     def kept_steps(self) -> set[int]:
@@ -122,13 +127,12 @@ def fit(
     save_every = config.train.save_steps or max(1, config.train.max_steps // 10)
     for task in tasks:
         state.examples_seen.setdefault(task, 0)
-    routes = model.method.num_routes
-    module = workers.start(model, num_totals=len(tasks) * (2 + routes))
+    module = workers.start(model, num_totals=len(tasks) * (3 + router_health.num_columns(model.method.num_routes)))
     model.train()
     while state.step < config.train.max_steps and not state.stopped_early:
         started = time.perf_counter()
         batch = batches[state.step + 1]
-        totals = _gradients(module, batch, len(tasks), routes, config, workers)
+        totals = _gradients(module, batch, len(tasks), config, workers)
         norm = _step(optim, totals, batch, tasks, reporter)
         _record(state, batch, totals, tasks, time.perf_counter() - started)
         last = state.step == config.train.max_steps
@@ -144,10 +148,8 @@ def fit(
     return state
 
 
-def _gradients(
-    module: nn.Module, batch: GlobalBatch, num_tasks: int, routes: int, config: RunConfig, workers: Workers
-) -> Tensor:
-    """Compute this process's shards; return the global totals: per task the loss sum, its tokens, rows by route."""
+def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: RunConfig, workers: Workers) -> Tensor:
+    """Compute this process's shards; return the global totals (see `_totals`)."""
     for number, shard in enumerate(batch.shards):
         torch.manual_seed(shard.seed)  # dropout and router noise belong to the shard, not to the process
         totals: Tensor | None = None
@@ -158,23 +160,22 @@ def _gradients(
             with workers.accumulating(module, last):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                     loss = module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
-                objective = loss.total / batch.num_target_tokens
+                objective = loss.total / batch.num_target_tokens + loss.penalty_B.sum() / batch.num_rows
                 (objective * workers.loss_scale).backward()
-            part = _totals(loss, micro.task_B, num_tasks, routes)
+            part = _totals(loss, micro.task_B, num_tasks)
             totals = part if totals is None else totals + part
         assert totals is not None
         workers.add_shard(totals)
     return workers.finish()
 
 
-def _totals(loss: Any, task_B: Tensor, num_tasks: int, routes: int) -> Tensor:
-    """Sum by task: negative log-likelihood, target tokens, and rows that took each route. Float64, flat."""
-    table_KX = torch.zeros(num_tasks, 2 + routes, dtype=torch.float64, device=task_B.device)
-    table_KX[:, 0].index_add_(0, task_B, loss.nll_B.double())
-    table_KX[:, 1].index_add_(0, task_B, loss.tokens_B.double())
-    if routes:
-        table_KX[:, 2:].index_add_(0, task_B, nn.functional.one_hot(loss.aux["router/choice"], routes).double())
-    return table_KX.reshape(-1)
+def _totals(loss: Any, task_B: Tensor, num_tasks: int) -> Tensor:
+    """Sum by task: negative log-likelihood, target tokens, penalty, and what router_health wants. Float64, flat."""
+    columns_BX = torch.stack([loss.nll_B, loss.tokens_B, loss.penalty_B.detach()], dim=1).double()
+    if "router/load" in loss.aux:
+        columns_BX = torch.cat([columns_BX, router_health.rows(loss.aux)], dim=1)
+    table_KX = columns_BX.new_zeros(num_tasks, columns_BX.shape[1])
+    return table_KX.index_add_(0, task_B, columns_BX).reshape(-1)
 
 
 def _step(optim: Optim, totals: Tensor, batch: GlobalBatch, tasks: Sequence[str], reporter: Reporter) -> float:
@@ -200,10 +201,13 @@ def _record(state: TrainState, batch: GlobalBatch, totals: Tensor, tasks: Sequen
         state.examples_seen[tasks[task]] = state.examples_seen.get(tasks[task], 0) + rows
     table = totals.view(len(tasks), -1)
     window = state.window
-    nll, tokens, routes = table[:, 0].tolist(), table[:, 1].tolist(), table[:, 2:].reshape(-1).tolist()
+    nll, tokens, penalty, routes = *table[:, :3].T.tolist(), table[:, 3:].reshape(-1).tolist()
     window.nll = [a + b for a, b in zip(window.nll or [0.0] * len(nll), nll, strict=True)]
     window.tokens = [a + b for a, b in zip(window.tokens or [0.0] * len(tokens), tokens, strict=True)]
+    window.penalty = [a + b for a, b in zip(window.penalty or [0.0] * len(penalty), penalty, strict=True)]
     window.routes = [a + b for a, b in zip(window.routes or [0.0] * len(routes), routes, strict=True)]
+    if routes:
+        state.router.take(state.step, router_health.shares(table[:, 3:].sum(dim=0)))
     window.steps += 1
     window.rows += batch.num_rows
     window.input_tokens += batch.num_input_tokens
@@ -224,15 +228,18 @@ def _log(state: TrainState, tasks: Sequence[str], optim: Optim, norm: float, rep
         "perf/step_seconds": window.seconds / window.steps,
         **{f"train/learning_rate/{group}": value for group, value in optim.learning_rates().items()},
     }
-    num_routes = len(window.routes) // len(tasks)
+    if any(window.penalty):
+        values["train/penalty"] = sum(window.penalty) / window.rows
+    num_columns = len(window.routes) // len(tasks)
+    if num_columns:
+        values["router/collapsed"] = float(bool(state.router.collapse))
     for index, task in enumerate(tasks):
         if window.tokens[index]:
             values[f"train/{task}/loss"] = window.nll[index] / window.tokens[index]
         values[f"train/{task}/examples"] = float(state.examples_seen.get(task, 0))
-        taken = window.routes[index * num_routes : (index + 1) * num_routes]
-        for route, rows in enumerate(taken):
-            if sum(taken):
-                values[f"router/{task}/load_{route}"] = rows / sum(taken)
+        if num_columns:
+            health = router_health.metrics(window.routes[index * num_columns : (index + 1) * num_columns])
+            values |= {f"router/{task}/{name}": value for name, value in health.items()}
     state.window = Window()
     reporter.log(state.step, values)
     reporter.progress(state.step, loss, rate)

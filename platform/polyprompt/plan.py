@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import methods
+from polyprompt import methods, starts
 from polyprompt.batches import task_weights
 from polyprompt.config import RunConfig
 from polyprompt.costs import inference_flops, median_lengths
@@ -50,6 +50,7 @@ def build(config: RunConfig) -> tuple[PromptedModel, Sequence[AnyData]]:
         if isinstance(task, TextTask):
             check_window(config, task, backbone, method)
     model = PromptedModel(backbone, method)
+    starts.start(config.method, method, backbone, tasks)
     if not model.named_groups():
         raise ConfigError(
             f"nothing is trained: method.name={config.method.name} has no parameters at this length and the backbone "

@@ -32,6 +32,7 @@ from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult
+from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
 from polyprompt.worker import LOG, PROGRESS, Job, Outcome, train
 
@@ -89,6 +90,7 @@ def _run(
     (place.out / "config.yaml").write_text(config.to_yaml())
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     closing: dict[str, float] = {}
+    flags: dict[str, str] = {}
     try:
         job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit(), stop=stop)
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
@@ -99,13 +101,15 @@ def _run(
         _leave(result, place, handle)
         status = "FINISHED"
         closing = {"eval/best_mean": result.mean}
+        if result.router_collapse:
+            flags = {"router.collapsed": describe(result.router_collapse)}
         return result
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
         raise
     finally:
         if handle is not None:
-            tracking.finish(handle, status, step=config.train.max_steps, metrics=closing)
+            tracking.finish(handle, status, step=config.train.max_steps, metrics=closing, tags=flags)
 
 
 def _train_here(job: Job) -> Outcome:
@@ -355,6 +359,7 @@ def _result(
         stopped_early=state.stopped_early,
         evaluations=state.evaluations,
         inference_flops=checked.inference_flops,
+        router_collapse=state.router.collapse,
     )
 
 

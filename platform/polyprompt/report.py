@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from polyprompt.result import RunResult
+from polyprompt.router_health import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -253,6 +254,8 @@ def _caption(result: RunResult) -> str:
     ]
     if len(result.evaluations) > 1:
         lines.append(f"scores of step {result.best_step:,}, the best of {len(result.evaluations)} evaluations")
+    if result.router_collapse:
+        lines.append(f"WARNING: {describe(result.router_collapse)}")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ class RunResult:
     sequence: hash of the (task, example) pairs of all steps; equal means the same data in the same order.
     evaluations: {"step", "mean", "tasks": task → metric → value} of each evaluation, in order.
     inference_flops: estimated, of one row of median length (costs.py).
+    router_collapse: {"step", "prompt", "share"} of a router that had collapsed at the end (router_health.py), else {}.
     Raises TypeError for a value that is no plain number, text, list or table, naming the field.
     """
 
@@ -58,10 +59,11 @@ class RunResult:
     stopped_early: bool
     evaluations: list[dict[str, Any]]
     inference_flops: int
+    router_collapse: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name), field.name))
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain(getattr(self, each.name), each.name))
 
     def write(self, path: Path) -> None:
         """Write the result as JSON, whole or not at all. A number that is not finite becomes null."""

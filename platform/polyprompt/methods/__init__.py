@@ -1,12 +1,22 @@
 """The methods by name: `build` makes one, `expected_parameters` counts it from its formula."""
 
+from dataclasses import replace
+
 import torch
 
-from polyprompt.config import FullConfig, HyperPromptConfig, MethodConfig, PromptTuningConfig, SMoPConfig
+from polyprompt.config import (
+    FullConfig,
+    HyperPromptConfig,
+    MethodConfig,
+    PromptTuningConfig,
+    RoutedHyperPromptConfig,
+    SMoPConfig,
+)
 from polyprompt.methods.base import Dims, Method, StackDims
 from polyprompt.methods.full import Full
 from polyprompt.methods.hyperprompt import HyperPrompt
 from polyprompt.methods.prompt_tuning import PromptTuning
+from polyprompt.methods.routed_hyperprompt import RoutedHyperPrompt
 from polyprompt.methods.smop import SMoP
 
 
@@ -23,9 +33,11 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
             case PromptTuningConfig():
                 return PromptTuning(config, dims, seed=seed)
             case SMoPConfig():
-                return SMoP(config, dims)
+                return SMoP(config, dims, seed=seed)
             case HyperPromptConfig():
                 return HyperPrompt(config, dims)
+            case RoutedHyperPromptConfig():
+                return RoutedHyperPrompt(config, dims)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -39,16 +51,30 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
             num_routers = dims.num_tasks if config.router == "per_task" else 1
             return (r * length * dims.hidden + num_routers * dims.hidden * r) if length else 0
         case HyperPromptConfig():
-            encoder = (
-                0 if config.stacks == "decoder" else _hyperprompt(config, dims, dims.encoder, config.encoder_length)
-            )
-            decoder = (
-                0 if config.stacks == "encoder" else _hyperprompt(config, dims, dims.decoder, config.decoder_length)
-            )
-            return encoder + decoder
+            return _both_stacks(config, dims, dims.num_tasks)
+        case RoutedHyperPromptConfig(num_prompts=r):
+            known = dims if config.hypernetworks_know_task else replace(dims, num_tasks=1)
+            made = _both_stacks(config, known, r)
+            num_routers = dims.num_tasks if config.router == "per_task" else 1
+            return made + num_routers * dims.hidden * r if made else 0
 
 
-def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None, length: int) -> int:
+def _both_stacks(config: HyperPromptConfig | RoutedHyperPromptConfig, dims: Dims, num_prompts: int) -> int:
+    made = 0
+    if config.stacks != "decoder":
+        made += _hyperprompt(config, dims, dims.encoder, config.encoder_length, num_prompts)
+    if config.stacks != "encoder":
+        made += _hyperprompt(config, dims, dims.decoder, config.decoder_length, num_prompts)
+    return made
+
+
+def _hyperprompt(
+    config: HyperPromptConfig | RoutedHyperPromptConfig,
+    dims: Dims,
+    stack: StackDims | None,
+    length: int,
+    num_prompts: int,
+) -> int:
     if stack is None or length == 0:
         return 0
     h, k, m = dims.hidden, dims.num_tasks, stack.num_layers
@@ -56,8 +82,8 @@ def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None,
     t, t_, e = config.layer_task_embedding_size, config.task_embedding_size, config.mlp_hidden_size
     match config.variant:
         case "share":
-            return h * length * k + m * pair
+            return h * length * num_prompts + m * pair
         case "sep":
-            return h * length * k + m * k * pair
+            return h * length * num_prompts + m * k * pair
         case "global":
-            return h * length * k + t * pair + k * t_ + m * t_ + (2 * t_ + t) * e
+            return h * length * num_prompts + t * pair + k * t_ + m * t_ + (2 * t_ + t) * e

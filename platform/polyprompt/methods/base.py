@@ -49,8 +49,10 @@ class Prompts:
 
     inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
     different length (None: all). encoder, decoder: prepended to the keys and values of self-attention.
-    aux: statistics by name, detached. "router/probability" [B, prompts]: the router's softmax; "router/choice" [B]: the
-    prompt with the highest one.
+    aux: statistics by name, detached, [B, routed prompts] each, rows adding up to 1. "router/probability": the router's
+    softmax without noise; "router/share": what each prompt is of the row's prompt without noise, as in prediction;
+    "router/load": the same as used here, noise and all.
+    penalty_B: a further loss of each row; its mean over the rows of the global batch is added to the objective.
     """
 
     inputs_BPH: Tensor | None = None
@@ -58,6 +60,7 @@ class Prompts:
     encoder: KeyValues | None = None
     decoder: KeyValues | None = None
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+    penalty_B: Tensor | None = None
 
 
 class Method(nn.Module, ABC):
@@ -65,7 +68,7 @@ class Method(nn.Module, ABC):
 
     #: Do the task ids change the prompts?
     task_aware: bool
-    #: Routes of a router whose choice "router/choice" (B, int64) is in Prompts.aux; 0 for none.
+    #: Prompts of a router whose statistics are in Prompts.aux; 0 for none.
     num_routes: int = 0
     #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
     input_length: int = 0
@@ -85,6 +88,10 @@ class Method(nn.Module, ABC):
     def prompt_lengths(self) -> dict[str, int]:
         """Return config key → prompt tokens, for each kind of prompt of the method."""
         return {"method.length": self.input_length} if self.input_length else {}
+
+    def input_prompts(self) -> nn.Parameter | None:
+        """Return the trained prompts [prompts, P, H] before the input that may start from given vectors, if any."""
+        return None
 
     def initialise(self, embedding_VH: Tensor) -> None:
         """Set parameters that start from the backbone's vocabulary. Called once, before training.

@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from polyprompt.config import HyperPromptConfig
+from polyprompt.config import HyperPromptConfig, RoutedHyperPromptConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Method, ParameterGroup, Prompts, StackDims
+from polyprompt.methods.routing import Routed
 
 #: Standard deviation of the generated keys and values at the start.
 PROMPT_STD = 0.1
@@ -43,22 +44,7 @@ class HyperPrompt(Method):
         Raises ConfigError where the bottleneck would be empty or the backbone has no such stack.
         """
         super().__init__()
-        if config.reduction > dims.hidden:
-            raise ConfigError(
-                f"method.reduction={config.reduction} must be between 1 and the backbone's hidden size {dims.hidden}: "
-                "the bottleneck is hidden size / reduction and needs at least one unit. Lower method.reduction"
-            )
-        if dims.encoder is None and config.stacks != "decoder":
-            raise ConfigError(
-                f"method.stacks={config.stacks} asks for encoder prompts, but this backbone has no encoder. "
-                "Expected decoder: set method.stacks=decoder"
-            )
-        self.encoder: StackPrompts | None = None
-        self.decoder: StackPrompts | None = None
-        if dims.encoder is not None and config.stacks != "decoder" and config.encoder_length:
-            self.encoder = StackPrompts(config, dims, dims.encoder, config.encoder_length)
-        if config.stacks != "encoder" and config.decoder_length:
-            self.decoder = StackPrompts(config, dims, dims.decoder, config.decoder_length)
+        self.encoder, self.decoder = stack_prompts(config, dims, dims.num_tasks)
         self.task_aware = self.encoder is not None or self.decoder is not None
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
@@ -70,18 +56,51 @@ class HyperPrompt(Method):
         )
 
     def prompt_lengths(self) -> dict[str, int]:
-        stacks = {"method.encoder_length": self.encoder, "method.decoder_length": self.decoder}
-        return {key: stack.prompt_KPH.shape[1] for key, stack in stacks.items() if stack is not None}
+        return prompt_lengths(self.encoder, self.decoder)
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter.endswith("prompt_KPH") else "hypernetwork"
+
+
+def stack_prompts(
+    config: HyperPromptConfig | RoutedHyperPromptConfig, dims: Dims, num_prompts: int
+) -> tuple["StackPrompts | None", "StackPrompts | None"]:
+    """Return the encoder's and the decoder's, None where there are none. Raises ConfigError as HyperPrompt does."""
+    if config.reduction > dims.hidden:
+        raise ConfigError(
+            f"method.reduction={config.reduction} must be between 1 and the backbone's hidden size {dims.hidden}: "
+            "the bottleneck is hidden size / reduction and needs at least one unit. Lower method.reduction"
+        )
+    if dims.encoder is None and config.stacks != "decoder":
+        raise ConfigError(
+            f"method.stacks={config.stacks} asks for encoder prompts, but this backbone has no encoder. "
+            "Expected decoder: set method.stacks=decoder"
+        )
+    encoder = decoder = None
+    if dims.encoder is not None and config.stacks != "decoder" and config.encoder_length:
+        encoder = StackPrompts(config, dims, dims.encoder, config.encoder_length, num_prompts)
+    if config.stacks != "encoder" and config.decoder_length:
+        decoder = StackPrompts(config, dims, dims.decoder, config.decoder_length, num_prompts)
+    return encoder, decoder
+
+
+def prompt_lengths(encoder: "StackPrompts | None", decoder: "StackPrompts | None") -> dict[str, int]:
+    stacks = {"method.encoder_length": encoder, "method.decoder_length": decoder}
+    return {key: stack.prompt_KPH.shape[1] for key, stack in stacks.items() if stack is not None}
 
 
 class StackPrompts(nn.Module):
     """The prompts and hypernetworks of one stack. Weights are stacked over layers and tasks, so that a batch that
     lacks a task gives zero gradients rather than none, as data parallel training needs."""
 
-    def __init__(self, config: HyperPromptConfig, dims: Dims, stack: StackDims, length: int) -> None:
+    def __init__(
+        self,
+        config: HyperPromptConfig | RoutedHyperPromptConfig,
+        dims: Dims,
+        stack: StackDims,
+        length: int,
+        num_prompts: int,
+    ) -> None:
         super().__init__()
         self.variant: Literal["share", "sep", "global"] = config.variant
         self.stack = stack
@@ -89,7 +108,7 @@ class StackPrompts(nn.Module):
         bottleneck = hidden // config.reduction
         # D·P has unit variance and ReLU halves the second moment, hence the 2.
         down_std, up_std = hidden**-0.5, PROMPT_STD * (2 / bottleneck) ** 0.5
-        self.prompt_KPH = nn.Parameter(torch.randn(dims.num_tasks, length, hidden))
+        self.prompt_KPH = nn.Parameter(torch.randn(num_prompts, length, hidden))
         if config.variant == "global":
             x, y, z = config.layer_task_embedding_size, config.task_embedding_size, config.mlp_hidden_size
             self.task_KY = nn.Parameter(torch.randn(dims.num_tasks, y))
@@ -112,6 +131,28 @@ class StackPrompts(nn.Module):
         made_CMUPND = made_CMUPF.unflatten(-1, (self.stack.num_heads, self.stack.head_dim))
         keys_LUNPD, values_LUNPD = made_CMUPND.transpose(3, 4).to(dtype)
         return KeyValues(keys_LUNPD.index_select(1, row_B), values_LUNPD.index_select(1, row_B))
+
+    def routed(self, task_U: Tensor, row_B: Tensor, routed: Routed, dtype: torch.dtype) -> KeyValues:
+        """Return keys and values of prompts that a router picks or mixes; prompt_KPH then holds its R prompts.
+
+        What is made of a prompt is weighted, which at one prompt is the same as weighting the prompt: ReLU(w·x) =
+        w·ReLU(x) for w >= 0. The hypernetworks run once for each task of the batch and prompt.
+        """
+        down_CMUHE, up_CMUEF = self._hypernetworks(task_U)
+        hidden_CMURPE = torch.einsum("rph,cmuhe->cmurpe", self.prompt_KPH, down_CMUHE).relu()
+        made_CMURPF = torch.einsum("cmurpe,cmuef->cmurpf", hidden_CMURPE, up_CMUEF)
+        made_CMVPF = made_CMURPF.flatten(2, 3)
+        place_BC = row_B[:, None] * len(self.prompt_KPH) + routed.choice_BC
+        # Only what a row gets is gathered: one prompt for most routings, all R for routing none and gumbel.
+        rows_CMBPF = torch.stack(
+            [
+                made_CMVPF.index_select(2, place_B) * weight_B[:, None, None]
+                for place_B, weight_B in zip(place_BC.T, routed.weight_BC.T, strict=True)
+            ]
+        ).sum(dim=0)
+        rows_CMBPND = rows_CMBPF.unflatten(-1, (self.stack.num_heads, self.stack.head_dim))
+        keys_LBNPD, values_LBNPD = rows_CMBPND.transpose(3, 4).to(dtype)
+        return KeyValues(keys_LBNPD, values_LBNPD)
 
     def _hypernetworks(self, task_U: Tensor) -> tuple[Tensor, Tensor]:
         """Return D [C, M, U, H, E] and U [C, M, U, E, F] for the tasks of the batch."""

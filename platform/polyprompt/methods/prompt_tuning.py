@@ -16,8 +16,8 @@ class PromptTuning(Method):
     Source: Lester, Al-Rfou, Constant 2021 (arXiv 2104.08691), section 2; "Prompt-Tuning" of He et al. 2022 is this
     with `per_task: true` and the whole backbone trained.
     Differs: `init: vocabulary` draws rows of the 5,000 most common pieces without replacement, one draw a task; a
-    vocabulary is sorted by frequency, so these are the first 5,000 ordinary ids. The paper's start from class labels is
-    left out.
+    vocabulary is sorted by frequency, so these are the first 5,000 ordinary ids. The other starts
+    are in starts.py.
     Parameters: G·P·H. A prompt of length 0 is the plain backbone.
     """
 
@@ -39,16 +39,27 @@ class PromptTuning(Method):
         row_B = task_B if self.config.per_task else torch.zeros_like(task_B)
         return Prompts(inputs_BPH=self.prompt_GPH[row_B].to(x_BTH.dtype))
 
+    def input_prompts(self) -> nn.Parameter | None:
+        return self.prompt_GPH
+
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt"
 
-    @torch.no_grad()
     def initialise(self, embedding_VH: Tensor) -> None:
-        if self.prompt_GPH is None or self.config.init != "vocabulary":
-            return
-        num_pieces = min(NUM_COMMON_PIECES, len(embedding_VH))
-        generator = torch.Generator().manual_seed(self.seed)
-        for prompt_PH in self.prompt_GPH:
-            # A prompt longer than the vocabulary (tiny models) starts over with the first piece drawn.
-            piece_P = torch.randperm(num_pieces, generator=generator)[torch.arange(len(prompt_PH)) % num_pieces]
-            prompt_PH.copy_(embedding_VH[piece_P.to(embedding_VH.device)])
+        if self.prompt_GPH is not None:
+            start_prompts(self.prompt_GPH, self.config.init, embedding_VH, seed=self.seed)
+
+
+@torch.no_grad()
+def start_prompts(prompts_GPH: Tensor, init: str, embedding_VH: Tensor, *, seed: int) -> None:
+    """Set prompts that start from common pieces or from zero; labels are later laid over common pieces."""
+    if init == "zero":
+        prompts_GPH.zero_()
+    if init not in ("vocabulary", "labels"):
+        return
+    num_pieces = min(NUM_COMMON_PIECES, len(embedding_VH))
+    generator = torch.Generator().manual_seed(seed)
+    for prompt_PH in prompts_GPH:
+        # A prompt longer than the vocabulary (tiny models) starts over with the first piece drawn.
+        piece_P = torch.randperm(num_pieces, generator=generator)[torch.arange(len(prompt_PH)) % num_pieces]
+        prompt_PH.copy_(embedding_VH[piece_P.to(embedding_VH.device)])

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.config import SMoPConfig
-from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
+from polyprompt.methods.prompt_tuning import start_prompts
+from polyprompt.methods.routing import route, router_logits, start_routers
 
 
 class SMoP(Method):
@@ -15,7 +16,7 @@ class SMoP(Method):
         inputs = [p_c · P_c ; x]                              training: logits μ·x̄ times (1 + ε), ε ~ N(0, 1)
 
     Shapes: prompts_RPH; router_GHR, G = K with `router: per_task`, else 1; inputs_BPH.
-    aux: "router/probability" [B, R] and "router/choice" [B], detached.
+    `routing` other than top_k: formulas in routing.py.
     Source: Choi et al. 2023 (EMNLP main 884), section 2. Orthogonal router and N(0, 1) prompts as in the authors' code.
     Differs: `top_k` > 1 is Σ p_j·P_j over the top_k prompts with p as it is, not renormalised, so that top_k = 1 is the
     paper's formula; `router: per_task` gives every task its own router over the shared prompts (the paper trains one
@@ -26,49 +27,40 @@ class SMoP(Method):
     Parameters: R·P·H + G·H·R. Prompts of length 0 have neither prompts nor router: the plain backbone.
     """
 
-    def __init__(self, config: SMoPConfig, dims: Dims) -> None:
+    def __init__(self, config: SMoPConfig, dims: Dims, *, seed: int) -> None:
         """Draw the starting values from torch's global stream. ConfigError where an orthogonal router cannot exist."""
         super().__init__()
-        if config.num_prompts > dims.hidden:
-            raise ConfigError(
-                f"method.num_prompts={config.num_prompts} must be between 1 and the backbone's hidden size "
-                f"{dims.hidden}: the router starts orthogonal. Lower method.num_prompts"
-            )
         self.config = config
+        self.seed = seed
         self.input_length = config.length
         self.task_aware = config.router == "per_task" and config.length > 0
         self.prompts_RPH: nn.Parameter | None = None
         if config.length:
             self.num_routes = config.num_prompts
-            num_routers = dims.num_tasks if config.router == "per_task" else 1
             self.prompts_RPH = nn.Parameter(
                 torch.randn(config.num_prompts, config.length, dims.hidden) * config.init_std
             )
-            routers = [nn.init.orthogonal_(torch.empty(dims.hidden, config.num_prompts)) for _ in range(num_routers)]
-            self.router_GHR = nn.Parameter(torch.stack(routers))
+            self.router_GHR = nn.Parameter(start_routers(config, dims))
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
         if self.prompts_RPH is None:
             return Prompts()
         # The choice must not flip with bf16's rounding, so the router computes in fp32, under autocast too.
         with torch.autocast(x_BTH.device.type, enabled=False):
-            probability_BR = self._probability(x_BTH, mask_BT, task_B)
-            top_BC, choice_BC = probability_BR.topk(self.config.top_k, dim=-1)
-            chosen_BCPH = self.prompts_RPH[choice_BC]
+            logits_BR = router_logits(self.config, self.router_GHR, x_BTH, mask_BT, task_B)
+            routed = route(self.config, logits_BR, training=self.training)
+            chosen_BCPH = self.prompts_RPH[routed.choice_BC]
             if self.config.gate == "batch_sum":
                 chosen_BCPH = chosen_BCPH.sum(dim=0, keepdim=True)
-            inputs_BPH = (top_BC[:, :, None, None] * chosen_BCPH).sum(dim=1)
-        aux = {"router/probability": probability_BR.detach(), "router/choice": choice_BC[:, 0]}
-        return Prompts(inputs_BPH=inputs_BPH.to(x_BTH.dtype), aux=aux)
+            inputs_BPH = (routed.weight_BC[:, :, None, None] * chosen_BCPH).sum(dim=1)
+        return Prompts(inputs_BPH=inputs_BPH.to(x_BTH.dtype), aux=routed.aux, penalty_B=routed.penalty_B)
 
-    def _probability(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Tensor:
-        mask_BT1 = mask_BT[:, :, None].float()
-        mean_BH = (x_BTH.float() * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1).clamp(min=1)
-        router_BHR = self.router_GHR[task_B if self.config.router == "per_task" else torch.zeros_like(task_B)]
-        logits_BR = torch.einsum("bh,bhr->br", mean_BH, router_BHR)
-        if self.training and self.config.perturbation:
-            logits_BR = logits_BR * (1 + torch.randn_like(logits_BR))
-        return logits_BR.softmax(dim=-1)
+    def input_prompts(self) -> nn.Parameter | None:
+        return self.prompts_RPH
+
+    def initialise(self, embedding_VH: Tensor) -> None:
+        if self.prompts_RPH is not None:
+            start_prompts(self.prompts_RPH, self.config.init, embedding_VH, seed=self.seed)
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "router" if parameter == "router_GHR" else "prompt"
