@@ -30,6 +30,7 @@ from polyprompt.errors import ConfigError, DataError, PolypromptError, hint  # n
 
 #: Of the embedded tokenizer, with </s>.
 MAX_INPUT_TOKENS, MAX_TARGET_TOKENS = 160, 32
+GRAMMAR_DOCUMENT = 50  # lines
 #: Drafts for each row before a task is told to have too few different ones.
 PATIENCE = 50
 
@@ -86,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_rows(args.out / name / "validation.jsonl", rows[: args.validation_rows])
         # No time in the header, so that the same text gives the same bytes.
         with (args.out / "grammar.txt.gz").open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as out:
-            out.write("\n".join([*lines(args.seed, args.grammar_lines), ""]).encode())
+            for number, line in enumerate(lines(args.seed, args.grammar_lines)):
+                # An empty line ends a document, of which some are held out.
+                out.write(f"{line}\n".encode() + b"\n" * (number % GRAMMAR_DOCUMENT == GRAMMAR_DOCUMENT - 1))
     except PolypromptError as error:
         sys.exit(f"{error}")
     print(f"{args.out}: {len(args.tasks)} tasks of {args.rows} rows")

@@ -65,7 +65,8 @@ def run(table: Experiments, overrides: Sequence[str], out: Path, at_once: int) -
     def one(cell: tuple[str, int, list[str]]) -> tuple[str, RunResult]:
         label, seed, arguments = cell
         folder = out / re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_") / str(seed)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        job_log = folder.with_suffix(".log")
         command = [
             sys.executable,
             str(MULTITASK),
@@ -74,10 +75,10 @@ def run(table: Experiments, overrides: Sequence[str], out: Path, at_once: int) -
             "--out",
             str(folder),
         ]
-        with (folder / "job.log").open("a") as log:
+        with job_log.open("a") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
-            raise TrainingError(f"{label}, seed {seed}, ended with status {done.returncode}; see {folder / 'job.log'}")
+            raise TrainingError(f"{label}, seed {seed}, ended with status {done.returncode}; see {job_log}")
         return label, RunResult.read(folder / "result.json")
 
     results: Results = {label: [] for label in table.rows}

@@ -88,7 +88,7 @@ def test_a_faulty_row_is_refused_before_the_first_run(experiments: Path, tmp_pat
 def test_a_failed_run_names_its_log(experiments: Path, tmp_path: Path) -> None:
     table = script("table")
     overrides = ["train.learning_rate=1e30", "train.max_grad_norm=null"]
-    with pytest.raises(TrainingError, match=r"HyperPrompt, seed 0, ended with status 1; see .*job\.log"):
+    with pytest.raises(TrainingError, match=r"HyperPrompt, seed 0, ended with status 1; see .*0\.log"):
         table.run(table.read(experiments), overrides, tmp_path / "out", 1)
 
 

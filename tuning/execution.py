@@ -330,8 +330,15 @@ def _replay(made: TrialScheduler, trial: Trial, score: Objective) -> None:
     class Known:
         trial_id = f"known_{trial.number}"
 
+    class Nobody:
+        """No other trial is alive that one could be paused for."""
+
+        @staticmethod
+        def get_live_trials() -> list[Any]:
+            return []
+
     known: Any = Known()
-    controller: Any = None
+    controller: Any = Nobody()
     results = [{STEP: step, score.metric: value} for step, value in _points(trial)]
     made.on_trial_add(controller, known)
     for result in results[:-1]:
