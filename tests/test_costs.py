@@ -5,7 +5,14 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyprompt.config import FullConfig, HyperPromptConfig, MethodConfig, PromptTuningConfig, SMoPConfig
+from polyprompt.config import (
+    FullConfig,
+    HyperPromptConfig,
+    MethodConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SMoPConfig,
+)
 from polyprompt.costs import inference_flops
 
 METHODS: list[MethodConfig] = [
@@ -14,6 +21,7 @@ METHODS: list[MethodConfig] = [
     SMoPConfig(num_prompts=3, length=2),
     HyperPromptConfig(encoder_length=4, decoder_length=3, reduction=4),
     HyperPromptConfig(encoder_length=4, stacks="encoder", reduction=4),
+    PrefixTuningConfig(encoder_length=4, decoder_length=3),
 ]
 
 

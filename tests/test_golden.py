@@ -18,6 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"length": 4},
     "smop": {"length": 2},
     "hyperprompt": {"encoder_length": 3, "decoder_length": 2, "reduction": 4},
+    "prefix_tuning": {"encoder_length": 3, "decoder_length": 2},
 }
 
 

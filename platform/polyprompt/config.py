@@ -55,7 +55,7 @@ class BackboneConfig(Section):
     revision: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too. None: as the method's paper does (full and hyperprompt: yes; prompt_tuning and smop: no).
+    #: Train the backbone too. None: as the method's paper does (full and hyperprompt: yes; the rest: no).
     trainable: bool | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
@@ -123,7 +123,24 @@ class HyperPromptConfig(Section):
     mlp_hidden_size: PositiveInt = 64
 
 
-MethodConfig = Annotated[FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig, Field(discriminator="name")]
+class PrefixTuningConfig(Section):
+    """Trained keys and values for every self-attention layer (Li & Liang 2021; P-tuning v2, Liu et al. 2022)."""
+
+    name: Literal["prefix_tuning"] = "prefix_tuning"
+    stacks: Literal["both", "encoder", "decoder"] = "both"
+    encoder_length: NonNegativeInt = 16
+    decoder_length: NonNegativeInt = 6
+    per_task: bool = True
+    #: mlp: prefixes are made by a two-layer MLP from vectors of the hidden size; none: they are trained as they are.
+    reparameterisation: Literal["none", "mlp"] = "none"
+    mlp_hidden_size: PositiveInt = 512
+    #: Standard deviation of the keys and values at the start.
+    init_std: PositiveFloat = 0.1
+
+
+MethodConfig = Annotated[
+    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | PrefixTuningConfig, Field(discriminator="name")
+]
 METHOD_NAMES: tuple[str, ...] = tuple(
     get_args(c.model_fields["name"].annotation)[0] for c in get_args(get_args(MethodConfig)[0])
 )

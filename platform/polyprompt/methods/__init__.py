@@ -2,10 +2,18 @@
 
 import torch
 
-from polyprompt.config import FullConfig, HyperPromptConfig, MethodConfig, PromptTuningConfig, SMoPConfig
+from polyprompt.config import (
+    FullConfig,
+    HyperPromptConfig,
+    MethodConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SMoPConfig,
+)
 from polyprompt.methods.base import Dims, Method, StackDims
 from polyprompt.methods.full import Full
 from polyprompt.methods.hyperprompt import HyperPrompt
+from polyprompt.methods.prefix_tuning import PrefixTuning
 from polyprompt.methods.prompt_tuning import PromptTuning
 from polyprompt.methods.smop import SMoP
 
@@ -26,6 +34,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
                 return SMoP(config, dims)
             case HyperPromptConfig():
                 return HyperPrompt(config, dims)
+            case PrefixTuningConfig():
+                return PrefixTuning(config, dims)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -46,6 +56,15 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
                 0 if config.stacks == "encoder" else _hyperprompt(config, dims, dims.decoder, config.decoder_length)
             )
             return encoder + decoder
+        case PrefixTuningConfig(stacks=stacks):
+            return sum(
+                _prefix_tuning(config, dims, stack, length)
+                for stack, length, left_out in (
+                    (dims.encoder, config.encoder_length, stacks == "decoder"),
+                    (dims.decoder, config.decoder_length, stacks == "encoder"),
+                )
+                if not left_out
+            )
 
 
 def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None, length: int) -> int:
@@ -61,3 +80,12 @@ def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None,
             return h * length * k + m * k * pair
         case "global":
             return h * length * k + t * pair + k * t_ + m * t_ + (2 * t_ + t) * e
+
+
+def _prefix_tuning(config: PrefixTuningConfig, dims: Dims, stack: StackDims | None, length: int) -> int:
+    if stack is None or length == 0:
+        return 0
+    rows = (dims.num_tasks if config.per_task else 1) * length
+    width = 2 * stack.num_layers * stack.num_heads * stack.head_dim
+    h, e = dims.hidden, config.mlp_hidden_size
+    return rows * width if config.reparameterisation == "none" else rows * h + (h + 1) * e + (e + 1) * width
