@@ -16,6 +16,7 @@ from polyprompt.config import (
     MethodConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
     SMoPConfig,
 )
 from polyprompt.errors import ConfigError
@@ -54,6 +55,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "prefix_tuning mlp shared decoder": PrefixTuningConfig(
         decoder_length=2, stacks="decoder", per_task=False, reparameterisation="mlp", mlp_hidden_size=7
     ),
+    "p_tuning mlp": PTuningConfig(length=4, encoder_hidden_size=7),
+    "p_tuning lstm": PTuningConfig(length=4, encoder="lstm", encoder_hidden_size=5, lstm_layers=2),
+    "p_tuning shared": PTuningConfig(length=4, per_task=False, encoder_hidden_size=7),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -63,6 +67,7 @@ ZERO: dict[str, MethodConfig] = {
     "hyperprompt encoder": HyperPromptConfig(stacks="encoder", encoder_length=0, reduction=4),
     "prefix_tuning": PrefixTuningConfig(encoder_length=0, decoder_length=0),
     "prefix_tuning mlp": PrefixTuningConfig(stacks="decoder", decoder_length=0, reparameterisation="mlp"),
+    "p_tuning": PTuningConfig(length=0),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -105,7 +110,7 @@ def prompts_of(model: PromptedModel, *, task: Tensor | None = None) -> dict[str,
 def test_shapes_are_as_declared(name: str) -> None:
     config = CONFIGS[name]
     expected: dict[str, tuple[int, ...]] = {}
-    if isinstance(config, PromptTuningConfig | SMoPConfig):
+    if isinstance(config, PromptTuningConfig | SMoPConfig | PTuningConfig):
         expected["inputs"] = (6, config.length, 16)
     if isinstance(config, HyperPromptConfig | PrefixTuningConfig):
         if config.stacks != "decoder":
@@ -356,6 +361,7 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
         ({"name": "hyperprompt", "stacks": "all"}, "method.stacks", "all", "'both', 'encoder' or 'decoder'"),
         ({"name": "prefix_tuning", "encoder_length": -2}, "method.encoder_length", "-2", "greater than or equal to 0"),
+        ({"name": "p_tuning", "encoder": "gru"}, "method.encoder", "gru", "'mlp' or 'lstm'"),
     ],
 )
 def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, value: str, allowed: str) -> None:
@@ -629,3 +635,82 @@ def test_prefixes_start_small(reparameterisation: str) -> None:
     made = methods.build(config, dims, seed=0).prompts(torch.zeros(8, 1, 64), torch.ones(8, 1), torch.arange(8))
     for tensor in tensors(made).values():
         assert tensor.std().item() == pytest.approx(config.init_std, rel=0.15)
+
+
+# P-tuning
+
+
+@torch.no_grad()
+def test_p_tuning_mlp_is_the_formula() -> None:
+    model = tiny.model(CONFIGS["p_tuning mlp"])
+    _, _, _, task = tiny.batch()
+    made = prompts_of(model)["inputs"]
+    layers = [layer for layer in model.method.mlp if isinstance(layer, torch.nn.Linear)]
+    for row, i in itertools.product(range(6), range(4)):
+        x = model.method.get_parameter("tokens_GPH")[task[row], i]
+        for number, layer in enumerate(layers):
+            x = torch.stack([(w * x).sum() + b for w, b in zip(layer.weight, layer.bias, strict=True)])
+            x = x.clamp(min=0) if number < 2 else x
+        torch.testing.assert_close(made[row, i], x, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_p_tuning_lstm_is_the_formula() -> None:
+    model = tiny.model(PTuningConfig(length=4, per_task=False, encoder="lstm", encoder_hidden_size=5))
+    method, made = model.method, prompts_of(model)["inputs"][0]
+    tokens = method.get_parameter("tokens_GPH")[0]
+
+    def one_way(suffix: str, order: range) -> dict[int, Tensor]:
+        weights = {
+            k: method.get_parameter(f"lstm.{k}_l0{suffix}") for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        h = c = torch.zeros(5)
+        states = {}
+        for i in order:
+            gates = (
+                weights["weight_ih"] @ tokens[i] + weights["bias_ih"] + weights["weight_hh"] @ h + weights["bias_hh"]
+            )
+            into, forget, new, out = gates.split(5)
+            c = forget.sigmoid() * c + into.sigmoid() * new.tanh()
+            h = out.sigmoid() * c.tanh()
+            states[i] = h
+        return states
+
+    forward, backward = one_way("", range(4)), one_way("_reverse", range(3, -1, -1))
+    first, _, last = method.mlp
+    for i in range(4):
+        hidden = (first.weight @ torch.cat([forward[i], backward[i]]) + first.bias).relu()
+        torch.testing.assert_close(made[i], last.weight @ hidden + last.bias, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_p_tuning_equals_peft(encoder: str) -> None:
+    """The same weights give the same loss and gradients. PEFT knows one task, so the prompt is shared."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: it is in the dev extra")
+    ours = tiny.model(PTuningConfig(length=4, per_task=False, encoder=encoder, encoder_hidden_size=7, lstm_layers=2))
+    config = peft.PromptEncoderConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_transformer_submodules=1, encoder_hidden_size=7,
+        encoder_reparameterization_type=encoder.upper(), encoder_num_layers=2, encoder_dropout=0.0,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny.plain(), config).eval()
+    encoder_of = theirs.prompt_encoder["default"]
+    names = {
+        k: k.replace("mlp_head", "mlp").replace("lstm_head", "lstm").replace("embedding.weight", "tokens_GPH")
+        for k in encoder_of.state_dict()
+    }
+    own = dict(ours.method.named_parameters())
+    assert sorted(names.values()) == sorted(own)
+    encoder_of.load_state_dict(
+        {k: own[name].detach().reshape(encoder_of.state_dict()[k].shape) for k, name in names.items()}
+    )
+    input_ids, mask, labels, task = tiny.batch()
+    loss = ours(input_ids, mask, labels, task).total / (labels != -100).sum()
+    expected = theirs(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    expected.backward()
+    for k, parameter in encoder_of.named_parameters():
+        grad = own[names[k]].grad
+        assert grad is not None
+        assert parameter.grad is not None
+        torch.testing.assert_close(grad.reshape(parameter.shape), parameter.grad, atol=1e-6, rtol=1e-6)

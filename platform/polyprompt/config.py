@@ -138,8 +138,21 @@ class PrefixTuningConfig(Section):
     init_std: PositiveFloat = 0.1
 
 
+class PTuningConfig(Section):
+    """Soft prompts before the input, made by a prompt encoder (Liu et al. 2021)."""
+
+    name: Literal["p_tuning"] = "p_tuning"
+    length: NonNegativeInt = 20
+    per_task: bool = True
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder_hidden_size: PositiveInt = 128
+    #: Layers of the LSTM (lstm only).
+    lstm_layers: PositiveInt = 1
+
+
 MethodConfig = Annotated[
-    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | PrefixTuningConfig, Field(discriminator="name")
+    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | PrefixTuningConfig | PTuningConfig,
+    Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(
     get_args(c.model_fields["name"].annotation)[0] for c in get_args(get_args(MethodConfig)[0])

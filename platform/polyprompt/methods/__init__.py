@@ -8,11 +8,13 @@ from polyprompt.config import (
     MethodConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
     SMoPConfig,
 )
 from polyprompt.methods.base import Dims, Method, StackDims
 from polyprompt.methods.full import Full
 from polyprompt.methods.hyperprompt import HyperPrompt
+from polyprompt.methods.p_tuning import PTuning
 from polyprompt.methods.prefix_tuning import PrefixTuning
 from polyprompt.methods.prompt_tuning import PromptTuning
 from polyprompt.methods.smop import SMoP
@@ -36,6 +38,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
                 return HyperPrompt(config, dims)
             case PrefixTuningConfig():
                 return PrefixTuning(config, dims)
+            case PTuningConfig():
+                return PTuning(config, dims)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -65,6 +69,12 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
                 )
                 if not left_out
             )
+        case PTuningConfig(length=length, encoder_hidden_size=e, lstm_layers=n):
+            h = dims.hidden
+            lstm = 8 * e * (h + e + 2) + (n - 1) * 8 * e * (3 * e + 2) + (2 * e + 1) * 2 * e + (2 * e + 1) * h
+            mlp = (h + 1) * e + (e + 1) * e + (e + 1) * h
+            tokens = (dims.num_tasks if config.per_task else 1) * length * h
+            return tokens + (lstm if config.encoder == "lstm" else mlp) if length else 0
 
 
 def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None, length: int) -> int:
