@@ -6,11 +6,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyprompt.config import (
+    DePTConfig,
     FullConfig,
     HyperPromptConfig,
     MethodConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
     SMoPConfig,
 )
 from polyprompt.costs import inference_flops
@@ -22,6 +24,8 @@ METHODS: list[MethodConfig] = [
     HyperPromptConfig(encoder_length=4, decoder_length=3, reduction=4),
     HyperPromptConfig(encoder_length=4, stacks="encoder", reduction=4),
     PrefixTuningConfig(encoder_length=4, decoder_length=3),
+    PTuningConfig(length=5),
+    DePTConfig(length=5, rank=2),
 ]
 
 

@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hyperprompt": {"encoder_length": 3, "decoder_length": 2, "reduction": 4},
     "prefix_tuning": {"encoder_length": 3, "decoder_length": 2},
     "p_tuning": {"length": 4, "encoder_hidden_size": 16},
+    "dept": {"length": 3, "rank": 2, "max_positions": 16},
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyprompt import methods
 from polyprompt.config import (
+    DePTConfig,
     FullConfig,
     HyperPromptConfig,
     MethodConfig,
@@ -18,12 +19,14 @@ from polyprompt.config import (
     PromptTuningConfig,
     PTuningConfig,
     SMoPConfig,
+    TrainConfig,
 )
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
 from polyprompt.methods.smop import SMoP
 from polyprompt.model import PromptedModel
+from polyprompt.optim import Optim
 from polyprompt.recipe import check
 
 HYPER: dict[str, Any] = {
@@ -58,6 +61,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "p_tuning mlp": PTuningConfig(length=4, encoder_hidden_size=7),
     "p_tuning lstm": PTuningConfig(length=4, encoder="lstm", encoder_hidden_size=5, lstm_layers=2),
     "p_tuning shared": PTuningConfig(length=4, per_task=False, encoder_hidden_size=7),
+    "dept": DePTConfig(length=4, rank=2, max_positions=7),
+    "dept shared": DePTConfig(length=4, rank=2, max_positions=12, per_task=False, init="normal"),
+    "dept update alone": DePTConfig(length=0, rank=2, max_positions=7),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -68,6 +74,7 @@ ZERO: dict[str, MethodConfig] = {
     "prefix_tuning": PrefixTuningConfig(encoder_length=0, decoder_length=0),
     "prefix_tuning mlp": PrefixTuningConfig(stacks="decoder", decoder_length=0, reparameterisation="mlp"),
     "p_tuning": PTuningConfig(length=0),
+    "dept": DePTConfig(length=0, rank=0),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -85,12 +92,16 @@ def strong(name: str, **keys: Any) -> PromptedModel:
         for parameter, weight in model.method.named_parameters():
             if "up_" in parameter:
                 weight.mul_(10)
+            if parameter == "up_GRH":  # zero at the start
+                weight.normal_(generator=torch.Generator().manual_seed(0))
     return model
 
 
 def tensors(prompts: Prompts) -> dict[str, Tensor]:
     """Everything a method hands over, rows first."""
     found = {} if prompts.inputs_BPH is None else {"inputs": prompts.inputs_BPH}
+    if prompts.embeddings_BTH is not None:
+        found["embeddings"] = prompts.embeddings_BTH
     for stack in ("encoder", "decoder"):
         made = getattr(prompts, stack)
         if made is not None:
@@ -117,6 +128,9 @@ def test_shapes_are_as_declared(name: str) -> None:
             expected |= dict.fromkeys(("encoder keys", "encoder values"), (6, 3, 3, 3, 4))
         if config.stacks != "encoder":
             expected |= dict.fromkeys(("decoder keys", "decoder values"), (6, 2, 3, 2, 4))
+    if isinstance(config, DePTConfig):
+        expected |= {"inputs": (6, config.length, 16)} if config.length else {}
+        expected["embeddings"] = (6, 9, 16)
     model = tiny.model(config)
     assert {k: tuple(v.shape) for k, v in prompts_of(model).items()} == expected
     assert model.method.input_length == (expected["inputs"][1] if "inputs" in expected else 0)
@@ -362,6 +376,7 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "hyperprompt", "stacks": "all"}, "method.stacks", "all", "'both', 'encoder' or 'decoder'"),
         ({"name": "prefix_tuning", "encoder_length": -2}, "method.encoder_length", "-2", "greater than or equal to 0"),
         ({"name": "p_tuning", "encoder": "gru"}, "method.encoder", "gru", "'mlp' or 'lstm'"),
+        ({"name": "dept", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
     ],
 )
 def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, value: str, allowed: str) -> None:
@@ -714,3 +729,50 @@ def test_p_tuning_equals_peft(encoder: str) -> None:
         assert grad is not None
         assert parameter.grad is not None
         torch.testing.assert_close(grad.reshape(parameter.shape), parameter.grad, atol=1e-6, rtol=1e-6)
+
+
+# DePT
+
+
+@torch.no_grad()
+def test_dept_is_the_formula() -> None:
+    model, (input_ids, mask, _, task) = strong("dept"), tiny.batch()
+    made = model.method.prompts(model.backbone.embed(input_ids), mask, task)
+    prompt, a, b = (model.method.get_parameter(name) for name in ("prompt_GPH", "down_GSR", "up_GRH"))
+    assert made.inputs_BPH is not None
+    assert made.embeddings_BTH is not None
+    for row, own in enumerate(task):
+        assert torch.equal(made.inputs_BPH[row], prompt[own])
+        for i, word in enumerate(input_ids[row]):
+            expected = model.backbone.model.shared.weight[word]
+            if i < 7:  # max_positions
+                expected = expected + sum(a[own, i, r] * b[own, r] for r in range(2))
+            torch.testing.assert_close(made.embeddings_BTH[row, i], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_a_dept_update_of_zero_is_none_bit_for_bit(precision: str) -> None:
+    keys: dict[str, Any] = {"train": False, "precision": precision}
+    update = tiny.model(DePTConfig(length=0, rank=3), **keys)
+    assert torch.equal(update(*tiny.batch()).nll_B, tiny.model(FullConfig(), **keys)(*tiny.batch()).nll_B)
+    both, prompt = (tiny.model(DePTConfig(length=4, rank=rank), **keys) for rank in (3, 0))
+    assert torch.equal(both(*tiny.batch()).nll_B, prompt(*tiny.batch()).nll_B)
+    input_ids, mask, _, task = tiny.batch()
+    made = [m.generate(input_ids, mask, task, max_new_tokens=6, num_beams=2) for m in (both, prompt)]
+    assert torch.equal(*made)
+
+
+def test_dept_has_two_learning_rates() -> None:
+    model = tiny.model(CONFIGS["dept"], train=False)
+    names = {group: {name for name, _ in members} for group, members in model.named_groups().items()}
+    assert names == {"prompt": {"method.prompt_GPH"}, "embedding": {"method.down_GSR", "method.up_GRH"}}
+    config = TrainConfig(learning_rate=1e-4, group_learning_rates={"prompt": 0.3, "embedding": 5e-4})
+    assert Optim(config, model.named_groups()).learning_rates() == {"prompt": 0.3, "embedding": 5e-4}
+
+
+def test_dept_count_of_the_paper() -> None:
+    """T5-base: 60 vectors and rank 30 cost as much as a prompt of 100 vectors."""
+    stack = StackDims(12, 12, 64)
+    dims = Dims(768, stack, stack, num_tasks=1)
+    assert methods.expected_parameters(DePTConfig(), dims) == 76_800 == 100 * 768

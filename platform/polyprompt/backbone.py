@@ -127,6 +127,8 @@ class Backbone(nn.Module):
 
     def encode(self, x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> Encoded:
         """Run the encoder on [input prompts ; x]. Relative positions between real tokens stay as they are."""
+        if prompts.embeddings_BTH is not None:
+            x_BTH = prompts.embeddings_BTH
         if prompts.inputs_BPH is not None:
             x_BTH = torch.cat([prompts.inputs_BPH.to(x_BTH.dtype), x_BTH], dim=1)
             mask_BP = mask_BT.new_ones(prompts.inputs_BPH.shape[:2]) if prompts.mask_BP is None else prompts.mask_BP

@@ -33,7 +33,7 @@ def _absolute(path: Path) -> Path:
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone"]
+ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone", "embedding"]
 
 
 class Section(BaseModel):
@@ -150,8 +150,22 @@ class PTuningConfig(Section):
     lstm_layers: PositiveInt = 1
 
 
+class DePTConfig(Section):
+    """A short soft prompt and a low-rank update of the input embeddings (Shi & Lipani 2024)."""
+
+    name: Literal["dept"] = "dept"
+    length: NonNegativeInt = 60
+    rank: NonNegativeInt = 30
+    #: Tokens of an input whose embeddings are updated, from its first on.
+    max_positions: PositiveInt = 256
+    per_task: bool = True
+    #: As for prompt_tuning.
+    init: Literal["vocabulary", "normal"] = "vocabulary"
+    init_std: PositiveFloat = 0.5
+
+
 MethodConfig = Annotated[
-    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | PrefixTuningConfig | PTuningConfig,
+    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | PrefixTuningConfig | PTuningConfig | DePTConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(

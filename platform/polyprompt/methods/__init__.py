@@ -3,6 +3,7 @@
 import torch
 
 from polyprompt.config import (
+    DePTConfig,
     FullConfig,
     HyperPromptConfig,
     MethodConfig,
@@ -12,6 +13,7 @@ from polyprompt.config import (
     SMoPConfig,
 )
 from polyprompt.methods.base import Dims, Method, StackDims
+from polyprompt.methods.dept import DePT
 from polyprompt.methods.full import Full
 from polyprompt.methods.hyperprompt import HyperPrompt
 from polyprompt.methods.p_tuning import PTuning
@@ -40,6 +42,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
                 return PrefixTuning(config, dims)
             case PTuningConfig():
                 return PTuning(config, dims)
+            case DePTConfig():
+                return DePT(config, dims, seed=seed)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -75,6 +79,8 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
             mlp = (h + 1) * e + (e + 1) * e + (e + 1) * h
             tokens = (dims.num_tasks if config.per_task else 1) * length * h
             return tokens + (lstm if config.encoder == "lstm" else mlp) if length else 0
+        case DePTConfig(length=length, rank=r, max_positions=s):
+            return (dims.num_tasks if config.per_task else 1) * (length * dims.hidden + r * (s + dims.hidden))
 
 
 def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None, length: int) -> int:

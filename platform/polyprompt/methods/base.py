@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone"]
+ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Prompts:
     """What a method hands the backbone for one batch.
 
     inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
-    different length (None: all). encoder, decoder: prepended to the keys and values of self-attention.
+    different length (None: all). embeddings_BTH: what the input embeddings become (None: they stay).
+    encoder, decoder: prepended to the keys and values of self-attention.
     aux: statistics by name, detached. "router/probability" [B, prompts]: the router's softmax; "router/choice" [B]: the
     prompt with the highest one.
     """
@@ -55,6 +56,7 @@ class Prompts:
     encoder: KeyValues | None = None
     decoder: KeyValues | None = None
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings_BTH: Tensor | None = None
 
 
 class Method(nn.Module, ABC):

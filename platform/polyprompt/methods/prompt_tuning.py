@@ -42,13 +42,17 @@ class PromptTuning(Method):
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt"
 
-    @torch.no_grad()
     def initialise(self, embedding_VH: Tensor) -> None:
-        if self.prompt_GPH is None or self.config.init != "vocabulary":
-            return
-        num_pieces = min(NUM_COMMON_PIECES, len(embedding_VH))
-        generator = torch.Generator().manual_seed(self.seed)
-        for prompt_PH in self.prompt_GPH:
-            # A prompt longer than the vocabulary (tiny models) starts over with the first piece drawn.
-            piece_P = torch.randperm(num_pieces, generator=generator)[torch.arange(len(prompt_PH)) % num_pieces]
-            prompt_PH.copy_(embedding_VH[piece_P.to(embedding_VH.device)])
+        if self.prompt_GPH is not None and self.config.init == "vocabulary":
+            start_from_vocabulary(self.prompt_GPH, embedding_VH, self.seed)
+
+
+@torch.no_grad()
+def start_from_vocabulary(prompt_GPH: Tensor, embedding_VH: Tensor, seed: int) -> None:
+    """Set each prompt to embeddings of common pieces, drawn without replacement, one draw a prompt."""
+    num_pieces = min(NUM_COMMON_PIECES, len(embedding_VH))
+    generator = torch.Generator().manual_seed(seed)
+    for prompt_PH in prompt_GPH:
+        # A prompt longer than the vocabulary (tiny models) starts over with the first piece drawn.
+        piece_P = torch.randperm(num_pieces, generator=generator)[torch.arange(len(prompt_PH)) % num_pieces]
+        prompt_PH.copy_(embedding_VH[piece_P.to(embedding_VH.device)])
