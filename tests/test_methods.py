@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from polyprompt import methods
 from polyprompt.config import (
+    AttemptConfig,
     DePTConfig,
     FullConfig,
     HyperPromptConfig,
@@ -22,6 +24,7 @@ from polyprompt.config import (
     TrainConfig,
 )
 from polyprompt.errors import ConfigError
+from polyprompt.methods.attempt import Attempt
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
 from polyprompt.methods.smop import SMoP
@@ -37,6 +40,7 @@ HYPER: dict[str, Any] = {
     "task_embedding_size": 6,
     "mlp_hidden_size": 7,
 }
+ABSENT = Path("absent")  # tiny.model gives sources of its own
 CONFIGS: dict[str, MethodConfig] = {
     "full": FullConfig(),
     "prompt_tuning": PromptTuningConfig(length=4),
@@ -64,6 +68,8 @@ CONFIGS: dict[str, MethodConfig] = {
     "dept": DePTConfig(length=4, rank=2, max_positions=7),
     "dept shared": DePTConfig(length=4, rank=2, max_positions=12, per_task=False, init="normal"),
     "dept update alone": DePTConfig(length=0, rank=2, max_positions=7),
+    "attempt": AttemptConfig(length=4, sources=[ABSENT], bottleneck=5),
+    "attempt shared": AttemptConfig(length=4, sources=[ABSENT], bottleneck=5, per_task=False, temperature=1.0),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -75,6 +81,7 @@ ZERO: dict[str, MethodConfig] = {
     "prefix_tuning mlp": PrefixTuningConfig(stacks="decoder", decoder_length=0, reparameterisation="mlp"),
     "p_tuning": PTuningConfig(length=0),
     "dept": DePTConfig(length=0, rank=0),
+    "attempt": AttemptConfig(length=0),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -121,7 +128,7 @@ def prompts_of(model: PromptedModel, *, task: Tensor | None = None) -> dict[str,
 def test_shapes_are_as_declared(name: str) -> None:
     config = CONFIGS[name]
     expected: dict[str, tuple[int, ...]] = {}
-    if isinstance(config, PromptTuningConfig | SMoPConfig | PTuningConfig):
+    if isinstance(config, PromptTuningConfig | SMoPConfig | PTuningConfig | AttemptConfig):
         expected["inputs"] = (6, config.length, 16)
     if isinstance(config, HyperPromptConfig | PrefixTuningConfig):
         if config.stacks != "decoder":
@@ -241,7 +248,7 @@ def test_one_step_moves_declared_parameters_only(name: str, train: bool) -> None
 def test_parameter_count_equals_the_formula(name: str) -> None:
     config = CONFIGS[name]
     for dims in (WIDE, tiny.load().dims(tiny.NUM_TASKS)):
-        built = methods.build(config, dims, seed=0)
+        built = tiny.build(config, dims, seed=0)
         assert sum(p.numel() for p in built.parameters()) == methods.expected_parameters(config, dims)
 
 
@@ -377,6 +384,7 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "prefix_tuning", "encoder_length": -2}, "method.encoder_length", "-2", "greater than or equal to 0"),
         ({"name": "p_tuning", "encoder": "gru"}, "method.encoder", "gru", "'mlp' or 'lstm'"),
         ({"name": "dept", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
+        ({"name": "attempt"}, "method.sources", "[]", "at least one bundle"),
     ],
 )
 def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, value: str, allowed: str) -> None:
@@ -776,3 +784,39 @@ def test_dept_count_of_the_paper() -> None:
     stack = StackDims(12, 12, 64)
     dims = Dims(768, stack, stack, num_tasks=1)
     assert methods.expected_parameters(DePTConfig(), dims) == 76_800 == 100 * 768
+
+
+# ATTEMPT
+
+
+@pytest.mark.parametrize("name", ["attempt", "attempt shared"])
+@torch.no_grad()
+def test_attempt_is_the_formula(name: str) -> None:
+    model, (input_ids, mask, _, task) = tiny.model(CONFIGS[name]), tiny.batch()
+    method, made = model.method, prompts_of(model)["inputs"]
+    assert isinstance(method, Attempt)
+    down, _, up, norm = method.attention
+    for row in range(6):
+        words = model.backbone.model.shared.weight[input_ids[row, mask[row] == 1]]
+        largest = torch.stack([column.max() for column in words.T])
+        squeezed = down.weight @ largest
+        query = up.weight @ (squeezed / (1 + (-squeezed).exp()))
+        query = (query - query.mean()) / (query.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
+        own = method.get_parameter("prompt_GPH")[0 if "shared" in name else task[row]]
+        prompts = [*method.sources_JPH, own]
+        temperature = 1.0 if "shared" in name else 16 * 2.718281828
+        logits = [(prompt.max(dim=0).values * query).sum() / temperature for prompt in prompts]
+        total = sum(logit.exp() for logit in logits)
+        expected = own + sum(logit.exp() / total * prompt for logit, prompt in zip(logits, prompts, strict=True))
+        torch.testing.assert_close(made[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attempt_leaves_its_sources_as_they_are() -> None:
+    model = tiny.model(CONFIGS["attempt"], train=False)
+    assert isinstance(model.method, Attempt)
+    before = model.method.sources_JPH.clone()
+    model(*tiny.batch()).total.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert torch.equal(model.method.sources_JPH, before)
+    assert model.method.sources_JPH.grad is None
+    assert not any("sources" in name for name in model.trained_state())

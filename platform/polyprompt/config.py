@@ -164,8 +164,39 @@ class DePTConfig(Section):
     init_std: PositiveFloat = 0.5
 
 
+class AttemptConfig(Section):
+    """Attention over frozen source prompts and a trained target prompt (Asai et al. 2022)."""
+
+    name: Literal["attempt"] = "attempt"
+    length: NonNegativeInt = 20
+    #: Bundles (step_… folders) of prompt_tuning runs on this backbone: each of their prompts is a source. They are read
+    #: whenever the model is built, so they have to stay.
+    sources: list[AbsolutePath] = []
+    #: Hidden size of the attention's sub-network.
+    bottleneck: PositiveInt = 100
+    #: None: hidden size times e.
+    temperature: PositiveFloat | None = None
+    per_task: bool = True
+    #: As for prompt_tuning.
+    init: Literal["vocabulary", "normal"] = "vocabulary"
+    init_std: PositiveFloat = 0.5
+
+    @model_validator(mode="after")
+    def _has_sources(self) -> "AttemptConfig":
+        if self.length and not self.sources:
+            raise ValueError("method.sources=[] must name at least one bundle of a prompt_tuning run on this backbone")
+        return self
+
+
 MethodConfig = Annotated[
-    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | PrefixTuningConfig | PTuningConfig | DePTConfig,
+    FullConfig
+    | PromptTuningConfig
+    | SMoPConfig
+    | HyperPromptConfig
+    | PrefixTuningConfig
+    | PTuningConfig
+    | DePTConfig
+    | AttemptConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(

@@ -6,7 +6,7 @@ feed-forward block, else 2. In multiply-adds:
 
     encoder layer  4·H·A·T + 2·A·T·(T + P) + f·H·F·T
     decoder layer  4·H·A·S + 2·A·S·(S + P) + 2·H·A·S + 2·H·A·T + 2·A·S·T + f·H·F·S
-    total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R
+    total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R + Method.row_multiply_adds
 
 One multiply-add is two operations. Norms, activations, softmax and embedding look-ups are left out, and so are
 hypernetworks: what they make depends on the task alone, so it is computed once, not for each prediction.
@@ -31,7 +31,7 @@ def inference_flops(model: PromptedModel, num_input_tokens: int, num_target_toke
     encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + feed_forward)
     own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + feed_forward)
     cross = 2 * projection * (targets + inputs) + 2 * inner * targets * inputs
-    head = hidden * config.vocab_size * targets + hidden * method.num_routes
+    head = hidden * config.vocab_size * targets + hidden * method.num_routes + method.row_multiply_adds
     return 2 * (config.num_layers * encoder + config.num_decoder_layers * (own + cross) + head)
 
 

@@ -1,8 +1,10 @@
 """The methods by name: `build` makes one, `expected_parameters` counts it from its formula."""
 
 import torch
+from torch import Tensor
 
 from polyprompt.config import (
+    AttemptConfig,
     DePTConfig,
     FullConfig,
     HyperPromptConfig,
@@ -12,6 +14,7 @@ from polyprompt.config import (
     PTuningConfig,
     SMoPConfig,
 )
+from polyprompt.methods.attempt import Attempt
 from polyprompt.methods.base import Dims, Method, StackDims
 from polyprompt.methods.dept import DePT
 from polyprompt.methods.full import Full
@@ -22,9 +25,10 @@ from polyprompt.methods.prompt_tuning import PromptTuning
 from polyprompt.methods.smop import SMoP
 
 
-def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
+def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | None = None) -> Method:
     """Return the method with starting values drawn under the seed; torch's global stream is left as it was.
 
+    sources_JPH: prompts of earlier runs, for the methods that build on them (see source_prompts.read).
     Raises ConfigError naming field, value and range where the config does not fit the backbone.
     """
     with torch.random.fork_rng(devices=[]):
@@ -44,6 +48,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
                 return PTuning(config, dims)
             case DePTConfig():
                 return DePT(config, dims, seed=seed)
+            case AttemptConfig():
+                return Attempt(config, dims, sources_JPH, seed=seed)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -81,6 +87,9 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
             return tokens + (lstm if config.encoder == "lstm" else mlp) if length else 0
         case DePTConfig(length=length, rank=r, max_positions=s):
             return (dims.num_tasks if config.per_task else 1) * (length * dims.hidden + r * (s + dims.hidden))
+        case AttemptConfig(length=length, bottleneck=m):
+            prompts = (dims.num_tasks if config.per_task else 1) * length * dims.hidden
+            return prompts + 2 * dims.hidden * m + 2 * dims.hidden if length else 0
 
 
 def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None, length: int) -> int:

@@ -68,6 +68,8 @@ class Method(nn.Module, ABC):
     num_routes: int = 0
     #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
     input_length: int = 0
+    #: Multiply-adds that the method spends on each row, beside a router's; what the task alone decides costs none.
+    row_multiply_adds: int = 0
 
     @abstractmethod
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
