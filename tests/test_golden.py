@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_tuning": {"length": 4, "encoder_hidden_size": 16},
     "dept": {"length": 3, "rank": 2, "max_positions": 16},
     "attempt": {"length": 3, "bottleneck": 4},
+    "mpt": {"length": 3},
 }
 
 

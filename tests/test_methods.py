@@ -17,6 +17,7 @@ from polyprompt.config import (
     FullConfig,
     HyperPromptConfig,
     MethodConfig,
+    MPTConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
@@ -70,6 +71,8 @@ CONFIGS: dict[str, MethodConfig] = {
     "dept update alone": DePTConfig(length=0, rank=2, max_positions=7),
     "attempt": AttemptConfig(length=4, sources=[ABSENT], bottleneck=5),
     "attempt shared": AttemptConfig(length=4, sources=[ABSENT], bottleneck=5, per_task=False, temperature=1.0),
+    "mpt": MPTConfig(length=4),
+    "mpt normal": MPTConfig(length=4, init="normal"),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -82,6 +85,7 @@ ZERO: dict[str, MethodConfig] = {
     "p_tuning": PTuningConfig(length=0),
     "dept": DePTConfig(length=0, rank=0),
     "attempt": AttemptConfig(length=0),
+    "mpt": MPTConfig(length=0),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -128,7 +132,7 @@ def prompts_of(model: PromptedModel, *, task: Tensor | None = None) -> dict[str,
 def test_shapes_are_as_declared(name: str) -> None:
     config = CONFIGS[name]
     expected: dict[str, tuple[int, ...]] = {}
-    if isinstance(config, PromptTuningConfig | SMoPConfig | PTuningConfig | AttemptConfig):
+    if isinstance(config, PromptTuningConfig | SMoPConfig | PTuningConfig | AttemptConfig | MPTConfig):
         expected["inputs"] = (6, config.length, 16)
     if isinstance(config, HyperPromptConfig | PrefixTuningConfig):
         if config.stacks != "decoder":
@@ -207,7 +211,7 @@ def test_gradient_reaches_every_declared_parameter_and_no_other(name: str, train
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in CONFIGS if n.startswith(("hyperprompt", "prompt_tuning", "prefix_tuning"))]
+    "name", [n for n in CONFIGS if n.startswith(("hyperprompt", "prompt_tuning", "prefix_tuning", "mpt"))]
 )
 def test_every_prompt_row_of_every_task_gets_gradient_at_the_first_step(name: str) -> None:
     model = tiny.model(CONFIGS[name], train=False)
@@ -385,6 +389,7 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "p_tuning", "encoder": "gru"}, "method.encoder", "gru", "'mlp' or 'lstm'"),
         ({"name": "dept", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
         ({"name": "attempt"}, "method.sources", "[]", "at least one bundle"),
+        ({"name": "mpt", "task_std": 0}, "method.task_std", "0", "greater than 0"),
     ],
 )
 def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, value: str, allowed: str) -> None:
@@ -820,3 +825,38 @@ def test_attempt_leaves_its_sources_as_they_are() -> None:
     assert torch.equal(model.method.sources_JPH, before)
     assert model.method.sources_JPH.grad is None
     assert not any("sources" in name for name in model.trained_state())
+
+
+# MPT
+
+
+@torch.no_grad()
+def test_mpt_is_the_formula() -> None:
+    model, (_, _, _, task) = tiny.model(MPTConfig(length=4, task_std=0.5)), tiny.batch()
+    made = prompts_of(model)["inputs"]
+    shared, u, v = (model.method.get_parameter(name) for name in ("prompt_PH", "tokens_KP", "features_KH"))
+    for row, i, h in itertools.product(range(6), range(4), range(16)):
+        expected = shared[i, h] * u[task[row], i] * v[task[row], h]
+        torch.testing.assert_close(made[row, i, h], expected, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_mpt_with_vectors_of_one_is_one_shared_prompt() -> None:
+    model, shared = tiny.model(CONFIGS["mpt"]), tiny.model(CONFIGS["prompt_tuning shared"])
+    for name in ("tokens_KP", "features_KH"):
+        model.method.get_parameter(name).fill_(1.0)
+    assert torch.equal(model(*tiny.batch()).nll_B, shared(*tiny.batch()).nll_B)
+
+
+def test_mpt_has_two_learning_rates() -> None:
+    groups = tiny.model(CONFIGS["mpt"], train=False).named_groups()
+    names = {group: {name for name, _ in members} for group, members in groups.items()}
+    assert names == {"prompt": {"method.prompt_PH"}, "task": {"method.tokens_KP", "method.features_KH"}}
+
+
+def test_mpt_counts_on_t5_base() -> None:
+    """100 vectors: 76,800 shared and 868 for each task."""
+    stack = StackDims(12, 12, 64)
+    config = MPTConfig(length=100)
+    one, two = (methods.expected_parameters(config, Dims(768, stack, stack, num_tasks=n)) for n in (1, 2))
+    assert (one, two - one) == (76_800 + 868, 868)

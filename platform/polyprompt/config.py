@@ -33,7 +33,7 @@ def _absolute(path: Path) -> Path:
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone", "embedding"]
+ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
 
 
 class Section(BaseModel):
@@ -188,6 +188,18 @@ class AttemptConfig(Section):
         return self
 
 
+class MPTConfig(Section):
+    """A shared soft prompt times a rank-one matrix for each task (Wang et al. 2023)."""
+
+    name: Literal["mpt"] = "mpt"
+    length: NonNegativeInt = 20
+    #: Standard deviation around 1 of the tasks' vectors at the start.
+    task_std: PositiveFloat = 0.02
+    #: Of the shared prompt, as for prompt_tuning.
+    init: Literal["vocabulary", "normal"] = "vocabulary"
+    init_std: PositiveFloat = 0.5
+
+
 MethodConfig = Annotated[
     FullConfig
     | PromptTuningConfig
@@ -196,7 +208,8 @@ MethodConfig = Annotated[
     | PrefixTuningConfig
     | PTuningConfig
     | DePTConfig
-    | AttemptConfig,
+    | AttemptConfig
+    | MPTConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(

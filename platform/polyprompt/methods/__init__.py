@@ -9,6 +9,7 @@ from polyprompt.config import (
     FullConfig,
     HyperPromptConfig,
     MethodConfig,
+    MPTConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
@@ -19,6 +20,7 @@ from polyprompt.methods.base import Dims, Method, StackDims
 from polyprompt.methods.dept import DePT
 from polyprompt.methods.full import Full
 from polyprompt.methods.hyperprompt import HyperPrompt
+from polyprompt.methods.mpt import MPT
 from polyprompt.methods.p_tuning import PTuning
 from polyprompt.methods.prefix_tuning import PrefixTuning
 from polyprompt.methods.prompt_tuning import PromptTuning
@@ -50,6 +52,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | 
                 return DePT(config, dims, seed=seed)
             case AttemptConfig():
                 return Attempt(config, dims, sources_JPH, seed=seed)
+            case MPTConfig():
+                return MPT(config, dims, seed=seed)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -90,6 +94,8 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
         case AttemptConfig(length=length, bottleneck=m):
             prompts = (dims.num_tasks if config.per_task else 1) * length * dims.hidden
             return prompts + 2 * dims.hidden * m + 2 * dims.hidden if length else 0
+        case MPTConfig(length=length):
+            return length * dims.hidden + dims.num_tasks * (length + dims.hidden) if length else 0
 
 
 def _hyperprompt(config: HyperPromptConfig, dims: Dims, stack: StackDims | None, length: int) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding"]
+ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
 
 
 @dataclass(frozen=True)
