@@ -1,11 +1,23 @@
 """Costs: the closed form equals what torch counts."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyprompt.config import FullConfig, HyperPromptConfig, MethodConfig, PromptTuningConfig, SMoPConfig
+from polyprompt.config import (
+    AttemptConfig,
+    DePTConfig,
+    FullConfig,
+    HyperPromptConfig,
+    MethodConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    SMoPConfig,
+)
 from polyprompt.costs import inference_flops
 
 METHODS: list[MethodConfig] = [
@@ -14,6 +26,10 @@ METHODS: list[MethodConfig] = [
     SMoPConfig(num_prompts=3, length=2),
     HyperPromptConfig(encoder_length=4, decoder_length=3, reduction=4),
     HyperPromptConfig(encoder_length=4, stacks="encoder", reduction=4),
+    PrefixTuningConfig(encoder_length=4, decoder_length=3),
+    PTuningConfig(length=5),
+    DePTConfig(length=5, rank=2),
+    AttemptConfig(length=5, sources=[Path("absent")], bottleneck=6),
 ]
 
 
@@ -28,7 +44,7 @@ def test_the_closed_form_is_what_torch_counts(method: MethodConfig, family: str)
     whole = FlopCounterMode(display=False)
     with torch.no_grad(), whole:
         model(input_ids, mask, labels, task)
-    router = 2 * 16 * model.method.num_routes
+    router = 2 * 16 * model.method.num_routes + 2 * model.method.row_multiply_adds
     assert router <= prompts.get_total_flops()
     expected = whole.get_total_flops() - prompts.get_total_flops() + router
     assert inference_flops(model, input_ids.shape[1], labels.shape[1]) == expected

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,19 +13,27 @@ from torch import Tensor
 
 from polyprompt import methods
 from polyprompt.config import (
+    AttemptConfig,
+    DePTConfig,
     FullConfig,
     HyperPromptConfig,
     MethodConfig,
+    MPTConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
     RoutedHyperPromptConfig,
     SMoPConfig,
+    TrainConfig,
 )
 from polyprompt.errors import ConfigError
+from polyprompt.methods.attempt import Attempt
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
 from polyprompt.methods.routed_hyperprompt import RoutedHyperPrompt
 from polyprompt.methods.routing import route, router_logits
 from polyprompt.model import PromptedModel
+from polyprompt.optim import Optim
 from polyprompt.recipe import check
 
 HYPER: dict[str, Any] = {
@@ -35,6 +44,7 @@ HYPER: dict[str, Any] = {
     "task_embedding_size": 6,
     "mlp_hidden_size": 7,
 }
+ABSENT = Path("absent")  # tiny.model gives sources of its own
 CONFIGS: dict[str, MethodConfig] = {
     "full": FullConfig(),
     "prompt_tuning": PromptTuningConfig(length=4),
@@ -55,6 +65,24 @@ CONFIGS: dict[str, MethodConfig] = {
     "routed_hyperprompt no task": RoutedHyperPromptConfig(task_embedding=False, routing="none", **HYPER),
     "routed_hyperprompt per task": RoutedHyperPromptConfig(variant="share", router="per_task", **HYPER),
     "routed_hyperprompt gumbel": RoutedHyperPromptConfig(routing="gumbel", stacks="decoder", **HYPER),
+    "prefix_tuning": PrefixTuningConfig(encoder_length=3, decoder_length=2),
+    "prefix_tuning mlp": PrefixTuningConfig(
+        encoder_length=3, decoder_length=2, reparameterisation="mlp", mlp_hidden_size=7
+    ),
+    "prefix_tuning shared encoder": PrefixTuningConfig(encoder_length=3, stacks="encoder", per_task=False),
+    "prefix_tuning mlp shared decoder": PrefixTuningConfig(
+        decoder_length=2, stacks="decoder", per_task=False, reparameterisation="mlp", mlp_hidden_size=7
+    ),
+    "p_tuning mlp": PTuningConfig(length=4, encoder_hidden_size=7),
+    "p_tuning lstm": PTuningConfig(length=4, encoder="lstm", encoder_hidden_size=5, lstm_layers=2),
+    "p_tuning shared": PTuningConfig(length=4, per_task=False, encoder_hidden_size=7),
+    "dept": DePTConfig(length=4, rank=2, max_positions=7),
+    "dept shared": DePTConfig(length=4, rank=2, max_positions=12, per_task=False, init="normal"),
+    "dept update alone": DePTConfig(length=0, rank=2, max_positions=7),
+    "attempt": AttemptConfig(length=4, sources=[ABSENT], bottleneck=5),
+    "attempt shared": AttemptConfig(length=4, sources=[ABSENT], bottleneck=5, per_task=False, temperature=1.0),
+    "mpt": MPTConfig(length=4),
+    "mpt normal": MPTConfig(length=4, init="normal"),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -63,6 +91,12 @@ ZERO: dict[str, MethodConfig] = {
     "hyperprompt": HyperPromptConfig(encoder_length=0, decoder_length=0, reduction=4),
     "hyperprompt encoder": HyperPromptConfig(stacks="encoder", encoder_length=0, reduction=4),
     "routed_hyperprompt": RoutedHyperPromptConfig(encoder_length=0, decoder_length=0, reduction=4),
+    "prefix_tuning": PrefixTuningConfig(encoder_length=0, decoder_length=0),
+    "prefix_tuning mlp": PrefixTuningConfig(stacks="decoder", decoder_length=0, reparameterisation="mlp"),
+    "p_tuning": PTuningConfig(length=0),
+    "dept": DePTConfig(length=0, rank=0),
+    "attempt": AttemptConfig(length=0),
+    "mpt": MPTConfig(length=0),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -80,12 +114,16 @@ def strong(name: str, **keys: Any) -> PromptedModel:
         for parameter, weight in model.method.named_parameters():
             if "up_" in parameter:
                 weight.mul_(10)
+            if parameter == "up_GRH":  # zero at the start
+                weight.normal_(generator=torch.Generator().manual_seed(0))
     return model
 
 
 def tensors(prompts: Prompts) -> dict[str, Tensor]:
     """Everything a method hands over, rows first."""
     found = {} if prompts.inputs_BPH is None else {"inputs": prompts.inputs_BPH}
+    if prompts.embeddings_BTH is not None:
+        found["embeddings"] = prompts.embeddings_BTH
     for stack in ("encoder", "decoder"):
         made = getattr(prompts, stack)
         if made is not None:
@@ -105,13 +143,16 @@ def prompts_of(model: PromptedModel, *, task: Tensor | None = None) -> dict[str,
 def test_shapes_are_as_declared(name: str) -> None:
     config = CONFIGS[name]
     expected: dict[str, tuple[int, ...]] = {}
-    if isinstance(config, PromptTuningConfig | SMoPConfig):
+    if isinstance(config, PromptTuningConfig | SMoPConfig | PTuningConfig | AttemptConfig | MPTConfig):
         expected["inputs"] = (6, config.length, 16)
-    if isinstance(config, HyperPromptConfig | RoutedHyperPromptConfig):
+    if isinstance(config, HyperPromptConfig | RoutedHyperPromptConfig | PrefixTuningConfig):
         if config.stacks != "decoder":
             expected |= dict.fromkeys(("encoder keys", "encoder values"), (6, 3, 3, 3, 4))
         if config.stacks != "encoder":
             expected |= dict.fromkeys(("decoder keys", "decoder values"), (6, 2, 3, 2, 4))
+    if isinstance(config, DePTConfig):
+        expected |= {"inputs": (6, config.length, 16)} if config.length else {}
+        expected["embeddings"] = (6, 9, 16)
     model = tiny.model(config)
     assert {k: tuple(v.shape) for k, v in prompts_of(model).items()} == expected
     assert model.method.input_length == (expected["inputs"][1] if "inputs" in expected else 0)
@@ -180,7 +221,9 @@ def test_gradient_reaches_every_declared_parameter_and_no_other(name: str, train
             assert weight.grad is None, parameter
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("hyperprompt", "prompt_tuning"))])
+@pytest.mark.parametrize(
+    "name", [n for n in CONFIGS if n.startswith(("hyperprompt", "prompt_tuning", "prefix_tuning", "mpt"))]
+)
 def test_every_prompt_row_of_every_task_gets_gradient_at_the_first_step(name: str) -> None:
     model = tiny.model(CONFIGS[name], train=False)
     model(*tiny.batch(12)).total.backward()
@@ -220,7 +263,7 @@ def test_one_step_moves_declared_parameters_only(name: str, train: bool) -> None
 def test_parameter_count_equals_the_formula(name: str) -> None:
     config = CONFIGS[name]
     for dims in (WIDE, tiny.load().dims(tiny.NUM_TASKS)):
-        built = methods.build(config, dims, seed=0)
+        built = tiny.build(config, dims, seed=0)
         assert sum(p.numel() for p in built.parameters()) == methods.expected_parameters(config, dims)
 
 
@@ -232,7 +275,9 @@ def test_seed_decides_the_start_and_the_global_stream_is_untouched(name: str) ->
     states = [tiny.model(CONFIGS[name], seed=seed).method.state_dict() for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-    assert all(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+    drawn = [k for k in states[0] if len(states[0][k].unique()) > 1]  # a bias or update may start at zero
+    assert all(not torch.equal(states[0][k], states[2][k]) for k in drawn)
+    assert bool(drawn) == bool(states[0])
 
 
 @every_method
@@ -366,6 +411,11 @@ def test_prompts_change_the_output(name: str) -> None:
         ),
         ({"name": "hyperprompt", "reduction": 25}, "method.reduction", "25", "between 1 and"),
         ({"name": "hyperprompt", "stacks": "all"}, "method.stacks", "all", "'both', 'encoder' or 'decoder'"),
+        ({"name": "prefix_tuning", "encoder_length": -2}, "method.encoder_length", "-2", "greater than or equal to 0"),
+        ({"name": "p_tuning", "encoder": "gru"}, "method.encoder", "gru", "'mlp' or 'lstm'"),
+        ({"name": "dept", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
+        ({"name": "attempt"}, "method.sources", "[]", "at least one bundle"),
+        ({"name": "mpt", "task_std": 0}, "method.task_std", "0", "greater than 0"),
     ],
 )
 def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, value: str, allowed: str) -> None:
@@ -381,10 +431,11 @@ def test_encoder_prompts_need_an_encoder() -> None:
     dims = Dims(hidden=24, encoder=None, decoder=StackDims(2, 5, 8), num_tasks=2)
     with pytest.raises(ConfigError, match=r"method.stacks=both.*method.stacks=decoder"):
         methods.build(HyperPromptConfig(reduction=4), dims, seed=0)
-    built = methods.build(HyperPromptConfig(reduction=4, stacks="decoder"), dims, seed=0)
-    assert sum(p.numel() for p in built.parameters()) == methods.expected_parameters(
-        HyperPromptConfig(reduction=4, stacks="decoder"), dims
-    )
+    with pytest.raises(ConfigError, match=r"method.stacks=both.*method.stacks=decoder"):
+        methods.build(PrefixTuningConfig(), dims, seed=0)
+    for config in (HyperPromptConfig(reduction=4, stacks="decoder"), PrefixTuningConfig(stacks="decoder")):
+        built = methods.build(config, dims, seed=0)
+        assert sum(p.numel() for p in built.parameters()) == methods.expected_parameters(config, dims)
 
 
 # Prompt tuning
@@ -760,3 +811,236 @@ def test_routed_hyperprompt_routes_rows_of_a_task_differently() -> None:
     assert {model.method.group_of(name) for name, _ in model.method.named_parameters()} == {
         *("prompt", "router", "hypernetwork")
     }
+
+
+# Prefix tuning
+
+
+@pytest.mark.parametrize("name", ["prefix_tuning", "prefix_tuning mlp", "prefix_tuning shared encoder"])
+@torch.no_grad()
+def test_prefix_tuning_is_the_formula(name: str) -> None:
+    model = tiny.model(CONFIGS[name])
+    _, _, _, task = tiny.batch()
+    made = prompts_of(model)
+    for stack, num_layers, length in (("encoder", 3, 3), ("decoder", 2, 2)):
+        module = getattr(model.method, stack)
+        if module is None:
+            assert name == "prefix_tuning shared encoder"
+            continue
+        for row, i in itertools.product((0, 1, 5), range(length)):
+            flat = module.prefix_GPW[0 if "shared" in name else task[row], i]
+            if "mlp" in name:
+                into, _, out = module.mlp
+                hidden = [torch.tanh((w * flat).sum() + b) for w, b in zip(into.weight, into.bias, strict=True)]
+                flat = sum((out.weight[:, e] * h for e, h in enumerate(hidden)), out.bias)
+            numbers = iter(flat.tolist())
+            for part in ("keys", "values"):
+                for layer, head, d in itertools.product(range(num_layers), range(3), range(4)):
+                    got = made[f"{stack} {part}"][row, layer, head, i, d]
+                    assert got.item() == pytest.approx(next(numbers), abs=1e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("reparameterisation", ["none", "mlp"])
+def test_prefixes_start_small(reparameterisation: str) -> None:
+    config = PrefixTuningConfig(reparameterisation=reparameterisation)
+    dims = Dims(hidden=64, encoder=StackDims(4, 4, 16), decoder=StackDims(4, 4, 16), num_tasks=8)
+    made = methods.build(config, dims, seed=0).prompts(torch.zeros(8, 1, 64), torch.ones(8, 1), torch.arange(8))
+    for tensor in tensors(made).values():
+        assert tensor.std().item() == pytest.approx(config.init_std, rel=0.15)
+
+
+# P-tuning
+
+
+@torch.no_grad()
+def test_p_tuning_mlp_is_the_formula() -> None:
+    model = tiny.model(CONFIGS["p_tuning mlp"])
+    _, _, _, task = tiny.batch()
+    made = prompts_of(model)["inputs"]
+    layers = [layer for layer in model.method.mlp if isinstance(layer, torch.nn.Linear)]
+    for row, i in itertools.product(range(6), range(4)):
+        x = model.method.get_parameter("tokens_GPH")[task[row], i]
+        for number, layer in enumerate(layers):
+            x = torch.stack([(w * x).sum() + b for w, b in zip(layer.weight, layer.bias, strict=True)])
+            x = x.clamp(min=0) if number < 2 else x
+        torch.testing.assert_close(made[row, i], x, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_p_tuning_lstm_is_the_formula() -> None:
+    model = tiny.model(PTuningConfig(length=4, per_task=False, encoder="lstm", encoder_hidden_size=5))
+    method, made = model.method, prompts_of(model)["inputs"][0]
+    tokens = method.get_parameter("tokens_GPH")[0]
+
+    def one_way(suffix: str, order: range) -> dict[int, Tensor]:
+        weights = {
+            k: method.get_parameter(f"lstm.{k}_l0{suffix}") for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        h = c = torch.zeros(5)
+        states = {}
+        for i in order:
+            gates = (
+                weights["weight_ih"] @ tokens[i] + weights["bias_ih"] + weights["weight_hh"] @ h + weights["bias_hh"]
+            )
+            into, forget, new, out = gates.split(5)
+            c = forget.sigmoid() * c + into.sigmoid() * new.tanh()
+            h = out.sigmoid() * c.tanh()
+            states[i] = h
+        return states
+
+    forward, backward = one_way("", range(4)), one_way("_reverse", range(3, -1, -1))
+    first, _, last = method.mlp
+    for i in range(4):
+        hidden = (first.weight @ torch.cat([forward[i], backward[i]]) + first.bias).relu()
+        torch.testing.assert_close(made[i], last.weight @ hidden + last.bias, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_p_tuning_equals_peft(encoder: str) -> None:
+    """The same weights give the same loss and gradients. PEFT knows one task, so the prompt is shared."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: it is in the dev extra")
+    ours = tiny.model(PTuningConfig(length=4, per_task=False, encoder=encoder, encoder_hidden_size=7, lstm_layers=2))
+    config = peft.PromptEncoderConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_transformer_submodules=1, encoder_hidden_size=7,
+        encoder_reparameterization_type=encoder.upper(), encoder_num_layers=2, encoder_dropout=0.0,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny.plain(), config).eval()
+    encoder_of = theirs.prompt_encoder["default"]
+    names = {
+        k: k.replace("mlp_head", "mlp").replace("lstm_head", "lstm").replace("embedding.weight", "tokens_GPH")
+        for k in encoder_of.state_dict()
+    }
+    own = dict(ours.method.named_parameters())
+    assert sorted(names.values()) == sorted(own)
+    encoder_of.load_state_dict(
+        {k: own[name].detach().reshape(encoder_of.state_dict()[k].shape) for k, name in names.items()}
+    )
+    input_ids, mask, labels, task = tiny.batch()
+    loss = ours(input_ids, mask, labels, task).total / (labels != -100).sum()
+    expected = theirs(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    expected.backward()
+    for k, parameter in encoder_of.named_parameters():
+        grad = own[names[k]].grad
+        assert grad is not None
+        assert parameter.grad is not None
+        torch.testing.assert_close(grad.reshape(parameter.shape), parameter.grad, atol=1e-6, rtol=1e-6)
+
+
+# DePT
+
+
+@torch.no_grad()
+def test_dept_is_the_formula() -> None:
+    model, (input_ids, mask, _, task) = strong("dept"), tiny.batch()
+    made = model.method.prompts(model.backbone.embed(input_ids), mask, task)
+    prompt, a, b = (model.method.get_parameter(name) for name in ("prompt_GPH", "down_GSR", "up_GRH"))
+    assert made.inputs_BPH is not None
+    assert made.embeddings_BTH is not None
+    for row, own in enumerate(task):
+        assert torch.equal(made.inputs_BPH[row], prompt[own])
+        for i, word in enumerate(input_ids[row]):
+            expected = model.backbone.model.shared.weight[word]
+            if i < 7:  # max_positions
+                expected = expected + sum(a[own, i, r] * b[own, r] for r in range(2))
+            torch.testing.assert_close(made.embeddings_BTH[row, i], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_a_dept_update_of_zero_is_none_bit_for_bit(precision: str) -> None:
+    keys: dict[str, Any] = {"train": False, "precision": precision}
+    update = tiny.model(DePTConfig(length=0, rank=3), **keys)
+    assert torch.equal(update(*tiny.batch()).nll_B, tiny.model(FullConfig(), **keys)(*tiny.batch()).nll_B)
+    both, prompt = (tiny.model(DePTConfig(length=4, rank=rank), **keys) for rank in (3, 0))
+    assert torch.equal(both(*tiny.batch()).nll_B, prompt(*tiny.batch()).nll_B)
+    input_ids, mask, _, task = tiny.batch()
+    made = [m.generate(input_ids, mask, task, max_new_tokens=6, num_beams=2) for m in (both, prompt)]
+    assert torch.equal(*made)
+
+
+def test_dept_has_two_learning_rates() -> None:
+    model = tiny.model(CONFIGS["dept"], train=False)
+    names = {group: {name for name, _ in members} for group, members in model.named_groups().items()}
+    assert names == {"prompt": {"method.prompt_GPH"}, "embedding": {"method.down_GSR", "method.up_GRH"}}
+    config = TrainConfig(learning_rate=1e-4, group_learning_rates={"prompt": 0.3, "embedding": 5e-4})
+    assert Optim(config, model.named_groups()).learning_rates() == {"prompt": 0.3, "embedding": 5e-4}
+
+
+def test_dept_count_of_the_paper() -> None:
+    """T5-base: 60 vectors and rank 30 cost as much as a prompt of 100 vectors."""
+    stack = StackDims(12, 12, 64)
+    dims = Dims(768, stack, stack, num_tasks=1)
+    assert methods.expected_parameters(DePTConfig(), dims) == 76_800 == 100 * 768
+
+
+# ATTEMPT
+
+
+@pytest.mark.parametrize("name", ["attempt", "attempt shared"])
+@torch.no_grad()
+def test_attempt_is_the_formula(name: str) -> None:
+    model, (input_ids, mask, _, task) = tiny.model(CONFIGS[name]), tiny.batch()
+    method, made = model.method, prompts_of(model)["inputs"]
+    assert isinstance(method, Attempt)
+    down, _, up, norm = method.attention
+    for row in range(6):
+        words = model.backbone.model.shared.weight[input_ids[row, mask[row] == 1]]
+        largest = torch.stack([column.max() for column in words.T])
+        squeezed = down.weight @ largest
+        query = up.weight @ (squeezed / (1 + (-squeezed).exp()))
+        query = (query - query.mean()) / (query.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
+        own = method.get_parameter("prompt_GPH")[0 if "shared" in name else task[row]]
+        prompts = [*method.sources_JPH, own]
+        temperature = 1.0 if "shared" in name else 16 * 2.718281828
+        logits = [(prompt.max(dim=0).values * query).sum() / temperature for prompt in prompts]
+        total = sum(logit.exp() for logit in logits)
+        expected = own + sum(logit.exp() / total * prompt for logit, prompt in zip(logits, prompts, strict=True))
+        torch.testing.assert_close(made[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attempt_leaves_its_sources_as_they_are() -> None:
+    model = tiny.model(CONFIGS["attempt"], train=False)
+    assert isinstance(model.method, Attempt)
+    before = model.method.sources_JPH.clone()
+    model(*tiny.batch()).total.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert torch.equal(model.method.sources_JPH, before)
+    assert model.method.sources_JPH.grad is None
+    assert not any("sources" in name for name in model.trained_state())
+
+
+# MPT
+
+
+@torch.no_grad()
+def test_mpt_is_the_formula() -> None:
+    model, (_, _, _, task) = tiny.model(MPTConfig(length=4, task_std=0.5)), tiny.batch()
+    made = prompts_of(model)["inputs"]
+    shared, u, v = (model.method.get_parameter(name) for name in ("prompt_PH", "tokens_KP", "features_KH"))
+    for row, i, h in itertools.product(range(6), range(4), range(16)):
+        expected = shared[i, h] * u[task[row], i] * v[task[row], h]
+        torch.testing.assert_close(made[row, i, h], expected, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_mpt_with_vectors_of_one_is_one_shared_prompt() -> None:
+    model, shared = tiny.model(CONFIGS["mpt"]), tiny.model(CONFIGS["prompt_tuning shared"])
+    for name in ("tokens_KP", "features_KH"):
+        model.method.get_parameter(name).fill_(1.0)
+    assert torch.equal(model(*tiny.batch()).nll_B, shared(*tiny.batch()).nll_B)
+
+
+def test_mpt_has_two_learning_rates() -> None:
+    groups = tiny.model(CONFIGS["mpt"], train=False).named_groups()
+    names = {group: {name for name, _ in members} for group, members in groups.items()}
+    assert names == {"prompt": {"method.prompt_PH"}, "task": {"method.tokens_KP", "method.features_KH"}}
+
+
+def test_mpt_counts_on_t5_base() -> None:
+    """100 vectors: 76,800 shared and 868 for each task."""
+    stack = StackDims(12, 12, 64)
+    config = MPTConfig(length=100)
+    one, two = (methods.expected_parameters(config, Dims(768, stack, stack, num_tasks=n)) for n in (1, 2))
+    assert (one, two - one) == (76_800 + 868, 868)

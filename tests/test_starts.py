@@ -74,6 +74,20 @@ def test_zero_and_vocabulary(small_run: Table, name: str) -> None:
     assert all((embedding == vector).all(dim=1).any() for vector in prompts.flatten(0, 1))
 
 
+@pytest.mark.parametrize(("name", "starts"), [("dept", 3), ("mpt", 1)])
+def test_other_methods_with_input_prompts_start_alike(small_run: Table, tmp_path: Path, name: str, starts: int) -> None:
+    prompts, backbone = started(small_run, name=name, init="text", init_text="is it larger")
+    assert prompts.shape == (starts, 6, 32)
+    assert all(torch.equal(prompt[:3], words(backbone, "is it larger")[:3]) for prompt in prompts)
+    drawn, _ = started(small_run, init="vocabulary")
+    assert torch.equal(started(small_run, name=name)[0], drawn[:starts])
+    save_file({"any": torch.randn(6, 32)}, tmp_path / "one.safetensors")
+    prompts, _ = started(small_run, name=name, init="file", init_file=str(tmp_path / "one.safetensors"))
+    assert len(prompts.unique(dim=0)) == 1
+    small_run["tasks"] = small_run["tasks"][:1]
+    assert torch.equal(started(small_run, name=name, init="labels")[0][0, 1], words(backbone, "yes").mean(0))
+
+
 def test_a_file_gives_every_prompt_or_one_for_all(small_run: Table, tmp_path: Path) -> None:
     file = tmp_path / "prompts.safetensors"
     for shape in ((3, 6, 32), (1, 6, 32), (6, 32)):

@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from polyprompt import backbone, methods
-from polyprompt.config import BackboneConfig, MethodConfig
+from polyprompt.config import AttemptConfig, BackboneConfig, MethodConfig
+from polyprompt.methods.base import Dims, Method
 from polyprompt.model import PromptedModel
 
 VOCABULARY = 64
@@ -132,6 +133,14 @@ def load(family: str | None = None, *, train: bool = True, precision: Any = "fp3
     return copy.deepcopy(_loaded(family or default_family, train, precision, tuple(sorted(keys.items()))))
 
 
+def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
+    """Return the method; one that builds on source prompts gets two random ones."""
+    sources = None
+    if isinstance(config, AttemptConfig):
+        sources = torch.randn(2, config.length, dims.hidden, generator=torch.Generator().manual_seed(3))
+    return methods.build(config, dims, seed=seed, sources_JPH=sources)
+
+
 def model(
     config: MethodConfig,
     family: str | None = None,
@@ -143,7 +152,7 @@ def model(
 ) -> PromptedModel:
     """Return a prompted model in eval mode with NUM_TASKS tasks."""
     loaded = load(family, train=train, precision=precision, **keys)
-    return PromptedModel(loaded, methods.build(config, loaded.dims(NUM_TASKS), seed=seed)).eval()
+    return PromptedModel(loaded, build(config, loaded.dims(NUM_TASKS), seed=seed)).eval()
 
 
 def batch(num_rows: int = 6, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -101,6 +101,8 @@ class EncoderDecoder(Backbone):
 
     def encode(self, x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> Encoded:
         """Run the encoder on [input prompts ; x]. Relative positions between real tokens stay as they are."""
+        if prompts.embeddings_BTH is not None:
+            x_BTH = prompts.embeddings_BTH
         x_BTH, mask_BT = with_input_prompts(x_BTH, mask_BT, prompts)
         output = self.model.get_encoder()(inputs_embeds=x_BTH, attention_mask=mask_BT, prompts=prompts)
         return Encoded(output.last_hidden_state, mask_BT)

@@ -1,4 +1,4 @@
-"""The run config: every key, its type, its range and its default are stated here and nowhere else.
+"""The run config: every key, its type, its range and its default are stated here, those of `method` in method_configs.
 
 recipe.py reads one from YAML files and overrides. It is frozen, pickles, and round-trips through YAML.
 """
@@ -7,16 +7,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -24,23 +21,22 @@ from pydantic import (
     model_validator,
 )
 
+from polyprompt.method_configs import (
+    AttemptConfig,
+    DePTConfig,
+    FullConfig,
+    HyperPromptConfig,
+    MPTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    RoutedHyperPromptConfig,
+    SMoPConfig,
+)
+from polyprompt.section import AbsolutePath, Section
 
-def _absolute(path: Path) -> Path:
-    """Ray changes the working folder of its workers, so no path stays relative."""
-    if ":/" in str(path):
-        raise ValueError(f"{str(path)!r} looks like an address; give a folder that every worker can reach (local, NFS)")
-    return path.expanduser().absolute()
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone"]
-
-
-class Section(BaseModel):
-    """A part of the config: frozen, unknown keys refused, numbers finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
 
 
 def _address(name: str) -> str:
@@ -58,8 +54,8 @@ class BackboneConfig(Section):
     gguf_file: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too. None: as the method's paper does (full, hyperprompt, routed_hyperprompt: yes;
-    #: prompt_tuning, smop: no).
+    #: Train the backbone too. None: as the method's paper does (full, hyperprompt, routed_hyperprompt: yes; the rest:
+    #: no).
     trainable: bool | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
@@ -78,156 +74,17 @@ class BackboneConfig(Section):
         return self
 
 
-class FullConfig(Section):
-    """Plain multi-task fine-tuning: no prompts, every backbone weight trained."""
-
-    name: Literal["full"] = "full"
-
-
-class PromptStartConfig(Section):
-    """What input prompts start from.
-
-    vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces. normal: N(0, init_std^2). zero.
-    labels: the mean embedding of each choice of the task, then vocabulary. text: init_text, repeated or cut to length.
-    file: init_file.
-    """
-
-    init: str
-    #: One text for all prompts, or a list with one for each (tasks in order, or the router's prompts).
-    init_text: str | list[str] | None = None
-    #: A bundle's folder, or a .safetensors file with one tensor [prompts or 1, length, hidden] or [length, hidden].
-    #: Of a prompt_tuning bundle each task takes the prompt of its own name.
-    init_file: AbsolutePath | None = None
-
-    @model_validator(mode="after")
-    def _start_fits(self) -> Self:
-        for key, init, value in (("init_text", "text", self.init_text), ("init_file", "file", self.init_file)):
-            if self.init == init and value is None:
-                raise ValueError(f"method.init={init} needs method.{key}")
-            if self.init != init and value is not None:
-                raise ValueError(f"method.{key} needs method.init={init}, not {self.init}; set it or drop method.{key}")
-        return self
-
-
-class PromptTuningConfig(PromptStartConfig):
-    """Soft prompts before the input (Lester et al. 2021)."""
-
-    name: Literal["prompt_tuning"] = "prompt_tuning"
-    length: NonNegativeInt = 20
-    per_task: bool = True
-    init: Literal["vocabulary", "labels", "text", "file", "zero", "normal"] = "vocabulary"
-    init_std: PositiveFloat = 0.5
-
-
-class RoutingConfig(Section):
-    """A router that picks or mixes prompts for each row."""
-
-    num_prompts: PositiveInt = 4
-    #: top_k: the top_k likeliest prompts; none: all of them, mixed; gumbel: one drawn with Gumbel noise, gradient
-    #: straight through; stochastic: one drawn by its probability. Prediction takes the likeliest instead of drawing.
-    routing: Literal["top_k", "none", "gumbel", "stochastic"] = "top_k"
-    top_k: PositiveInt = 1
-    #: Multiply the router's logits by 1 + N(0, 1) in training. None: with routing=top_k.
-    perturbation: bool | None = None
-    #: Of routing=gumbel; lower is closer to one prompt in the gradient too.
-    gumbel_temperature: PositiveFloat = 1.0
-    #: Weight of the load-balance loss (Fedus et al. 2022, eq. 4, use 0.01). 0: none.
-    load_balance: NonNegativeFloat = 0.0
-    #: shared: one router for all tasks; per_task: one router a task. The prompts are shared either way.
-    router: Literal["shared", "per_task"] = "shared"
-
-    @model_validator(mode="after")
-    def _top_k_fits(self) -> Self:
-        if self.top_k > self.num_prompts:
-            raise ValueError(f"method.top_k={self.top_k} must be at most method.num_prompts={self.num_prompts}")
-        if self.top_k != 1 and self.routing != "top_k":
-            raise ValueError(
-                f"method.top_k={self.top_k} belongs to method.routing=top_k, not {self.routing}; "
-                "set method.top_k=1 or method.routing=top_k"
-            )
-        return self
-
-    @property
-    def perturbed(self) -> bool:
-        return self.routing == "top_k" if self.perturbation is None else self.perturbation
-
-    @property
-    def num_mixed(self) -> int:
-        """How many prompts make up a row's prompt in prediction."""
-        return {"top_k": self.top_k, "none": self.num_prompts}.get(self.routing, 1)
-
-
-class SMoPConfig(RoutingConfig, PromptStartConfig):
-    """Sparse mixture of prompts (Choi et al. 2023): k short prompts and a router."""
-
-    name: Literal["smop"] = "smop"
-    length: NonNegativeInt = 5
-    #: probability: the paper. batch_sum: what the authors' code does at top-1; rows then depend on their batch-mates.
-    gate: Literal["probability", "batch_sum"] = "probability"
-    #: No labels: its prompts belong to no task.
-    init: Literal["vocabulary", "text", "file", "zero", "normal"] = "normal"
-    init_std: PositiveFloat = 1.0
-
-    @model_validator(mode="after")
-    def _gate_fits(self) -> "SMoPConfig":
-        if self.gate == "batch_sum" and (self.top_k != 1 or self.routing != "top_k"):
-            raise ValueError(
-                "method.gate=batch_sum exists at method.routing=top_k, method.top_k=1 only; "
-                "set these, or method.gate=probability"
-            )
-        return self
-
-
-class HyperPromptConfig(Section):
-    """Prompts for every self-attention layer, made by hypernetworks (He et al. 2022)."""
-
-    name: Literal["hyperprompt"] = "hyperprompt"
-    variant: Literal["share", "sep", "global"] = "global"
-    stacks: Literal["both", "encoder", "decoder"] = "both"
-    encoder_length: NonNegativeInt = 16
-    decoder_length: NonNegativeInt = 6
-    #: Bottleneck b = hidden size / reduction.
-    reduction: PositiveInt = 32
-    #: t: size of the layer-aware task embedding (global only).
-    layer_task_embedding_size: PositiveInt = 64
-    #: t': size of the task embedding and of the layer embedding (global only).
-    task_embedding_size: PositiveInt = 64
-    #: e: hidden size of the MLP that joins the two (global only).
-    mlp_hidden_size: PositiveInt = 64
-
-
-class RoutedHyperPromptConfig(RoutingConfig):
-    """A router picks a global prompt for each row, hypernetworks make keys and values of it (ours)."""
-
-    name: Literal["routed_hyperprompt"] = "routed_hyperprompt"
-    variant: Literal["share", "global"] = "global"
-    #: Do the hypernetworks know the task? None: with variant=global, which alone has a task embedding.
-    task_embedding: bool | None = None
-    stacks: Literal["both", "encoder", "decoder"] = "both"
-    encoder_length: NonNegativeInt = 16
-    decoder_length: NonNegativeInt = 6
-    #: As of hyperprompt.
-    reduction: PositiveInt = 32
-    layer_task_embedding_size: PositiveInt = 64
-    task_embedding_size: PositiveInt = 64
-    mlp_hidden_size: PositiveInt = 64
-
-    @model_validator(mode="after")
-    def _task_embedding_fits(self) -> "RoutedHyperPromptConfig":
-        if self.task_embedding and self.variant != "global":
-            raise ValueError(
-                f"method.task_embedding=true needs method.variant=global, not {self.variant}, whose hypernetworks have "
-                "no task in them. Leave it out, or set method.router=per_task to let the router know the task"
-            )
-        return self
-
-    @property
-    def hypernetworks_know_task(self) -> bool:
-        return self.variant == "global" if self.task_embedding is None else self.task_embedding
-
-
 MethodConfig = Annotated[
-    FullConfig | PromptTuningConfig | SMoPConfig | HyperPromptConfig | RoutedHyperPromptConfig,
+    FullConfig
+    | PromptTuningConfig
+    | SMoPConfig
+    | HyperPromptConfig
+    | RoutedHyperPromptConfig
+    | PrefixTuningConfig
+    | PTuningConfig
+    | DePTConfig
+    | AttemptConfig
+    | MPTConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(

@@ -6,7 +6,7 @@ feed-forward block, else 2. In multiply-adds:
 
     encoder layer  4·H·A·T + 2·A·T·(T + P) + f·H·F·T
     decoder layer  4·H·A·S + 2·A·S·(S + P) + 2·H·A·S + 2·H·A·T + 2·A·S·T + f·H·F·S
-    total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R
+    total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R + Method.row_multiply_adds
 
 A decoder-only model has one sequence of T + S tokens; with grouped-query attention its keys and values have a smaller
 A', heads of keys times head size:
@@ -30,7 +30,7 @@ def inference_flops(model: PromptedModel, num_input_tokens: int, num_target_toke
     lengths, input_length = model.method.prompt_lengths(), model.method.input_length
     hidden, vocabulary = model.backbone.dims(1).hidden, model.backbone.model.config.vocab_size
     layers = _encoder_decoder if model.backbone.dims(1).encoder is not None else _decoder_only
-    head = hidden * vocabulary * num_target_tokens + hidden * model.method.num_routes
+    head = hidden * vocabulary * num_target_tokens + hidden * model.method.num_routes + model.method.row_multiply_adds
     return 2 * (layers(model, num_input_tokens + input_length, num_target_tokens, lengths) + head)
 
 

@@ -136,6 +136,8 @@ class DecoderOnly(Backbone):
 
     def encode(self, x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> Encoded:
         """Return the embeddings of [input prompts ; <bos> ; x], aligned on the right. The model itself does not run."""
+        if prompts.embeddings_BTH is not None:
+            x_BTH = prompts.embeddings_BTH
         if self.begin_id is not None:
             begin_H = self.model.get_input_embeddings().weight[self.begin_id]
             x_BTH = torch.cat([begin_H.to(x_BTH.dtype).expand(len(x_BTH), 1, -1), x_BTH], dim=1)

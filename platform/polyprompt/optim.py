@@ -20,7 +20,7 @@ class Optim:
     def __init__(
         self, config: TrainConfig, groups: Mapping[ParameterGroupName, list[tuple[str, nn.Parameter]]]
     ) -> None:
-        """groups: optimizer group (prompt, router, hypernetwork, backbone) → named parameters. Empty ones are left out.
+        """groups: optimizer group (ParameterGroupName) → named parameters. Empty ones are left out.
 
         Adafactor runs with relative_step and scale_parameter off, as in SMoP's and prompt tuning's published set-ups,
         so the learning rate means what it says. Weight decay spares biases and layer norms (tensors of one dimension).

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import methods, starts
+from polyprompt import methods, source_prompts, starts
 from polyprompt.batches import task_weights
 from polyprompt.config import RunConfig
 from polyprompt.costs import inference_flops, median_lengths
@@ -44,7 +44,12 @@ def build(config: RunConfig) -> tuple[PromptedModel, Sequence[AnyData]]:
     backbone = backbones.load(
         config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
     )
-    method = methods.build(config.method, backbone.dims(len(tasks)), seed=config.train.seed)
+    method = methods.build(
+        config.method,
+        backbone.dims(len(tasks)),
+        seed=config.train.seed,
+        sources_JPH=source_prompts.read(config.method, backbone.identity()),
+    )
     limit = input_limit(config, backbone, method)
     for task in tasks:
         if isinstance(task, TextTask):

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from polyprompt import checkpoint
 from polyprompt.backbone import Backbone
-from polyprompt.config import MethodConfig, PromptStartConfig, PromptTuningConfig
+from polyprompt.config import MethodConfig
 from polyprompt.errors import ConfigError
+from polyprompt.method_configs import PromptStartConfig, TaskPromptConfig
 from polyprompt.methods.base import Method
 from polyprompt.tasks.records import Task, TextTask
 
-BUNDLE_PROMPTS = ("method.prompt_GPH", "method.prompts_RPH")
+#: prompt_tuning, dept and attempt; smop; mpt.
+BUNDLE_PROMPTS = ("method.prompt_GPH", "method.prompts_RPH", "method.prompt_PH")
 
 
 @torch.no_grad()
@@ -33,7 +35,7 @@ def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Seque
             assert config.init_text is not None
             _texts(prompts_GPH, backbone, config.init_text)
         case "file":
-            own = [task.name for task in tasks] if isinstance(config, PromptTuningConfig) and config.per_task else None
+            own = [task.name for task in tasks] if isinstance(config, TaskPromptConfig) and config.per_task else None
             prompts_GPH.copy_(_read(config, tuple(prompts_GPH.shape), own))
 
 
@@ -85,7 +87,7 @@ def _read(config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str
         bundle = checkpoint.read(path)
         found = {name: tensor for name, tensor in bundle.tensors.items() if name in BUNDLE_PROMPTS}
         theirs = bundle.config.method
-        per_task = isinstance(theirs, PromptTuningConfig) and theirs.per_task
+        per_task = isinstance(theirs, TaskPromptConfig) and theirs.per_task
         names = bundle.config.task_names if per_task else None
     else:
         try:
@@ -95,7 +97,7 @@ def _read(config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str
     if len(found) != 1:
         raise ConfigError(
             f"method.init_file={path} must hold one tensor of prompts, but has {', '.join(sorted(found)) or 'none'}; "
-            "give a bundle of prompt_tuning or smop, or a file with one tensor"
+            "give a bundle of prompt_tuning, smop, dept, attempt or mpt, or a file with one tensor"
         )
     (given,) = found.values()
     prompts = given[None] if given.ndim == 2 else given

@@ -3,26 +3,40 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from polyprompt.config import (
+    AttemptConfig,
+    DePTConfig,
     FullConfig,
     HyperPromptConfig,
     MethodConfig,
+    MPTConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
     RoutedHyperPromptConfig,
     SMoPConfig,
 )
-from polyprompt.methods.base import Dims, Method, StackDims
+from polyprompt.method_configs import RoutingConfig
+from polyprompt.methods.attempt import Attempt
+from polyprompt.methods.base import Dims, Method
+from polyprompt.methods.dept import DePT
 from polyprompt.methods.full import Full
 from polyprompt.methods.hyperprompt import HyperPrompt
+from polyprompt.methods.mpt import MPT
+from polyprompt.methods.p_tuning import PTuning
+from polyprompt.methods.prefix_tuning import PrefixTuning
 from polyprompt.methods.prompt_tuning import PromptTuning
 from polyprompt.methods.routed_hyperprompt import RoutedHyperPrompt
 from polyprompt.methods.smop import SMoP
+from polyprompt.methods.stacks import PromptedStack, prompted_stacks
 
 
-def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
+def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | None = None) -> Method:
     """Return the method with starting values drawn under the seed; torch's global stream is left as it was.
 
+    sources_JPH: prompts of earlier runs, for the methods that build on them (see source_prompts.read).
     Raises ConfigError naming field, value and range where the config does not fit the backbone.
     """
     with torch.random.fork_rng(devices=[]):
@@ -38,45 +52,57 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
                 return HyperPrompt(config, dims)
             case RoutedHyperPromptConfig():
                 return RoutedHyperPrompt(config, dims)
+            case PrefixTuningConfig():
+                return PrefixTuning(config, dims)
+            case PTuningConfig():
+                return PTuning(config, dims)
+            case DePTConfig():
+                return DePT(config, dims, seed=seed)
+            case AttemptConfig():
+                return Attempt(config, dims, sources_JPH, seed=seed)
+            case MPTConfig():
+                return MPT(config, dims, seed=seed)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
     """Return the number of the method's own parameters by the formula of its docstring, without building it."""
+    h, num_tasks = dims.hidden, dims.num_tasks
     match config:
         case FullConfig():
             return 0
         case PromptTuningConfig(length=length):
-            return (dims.num_tasks if config.per_task else 1) * length * dims.hidden
+            return (num_tasks if config.per_task else 1) * length * h
         case SMoPConfig(num_prompts=r, length=length):
-            num_routers = dims.num_tasks if config.router == "per_task" else 1
-            return (r * length * dims.hidden + num_routers * dims.hidden * r) if length else 0
+            return r * length * h + _routers(config, dims) if length else 0
         case HyperPromptConfig():
-            return _both_stacks(config, dims, dims.num_tasks)
+            return sum(_hyperprompt(config, dims, stack, num_tasks) for stack in prompted_stacks(config, dims).values())
         case RoutedHyperPromptConfig(num_prompts=r):
             known = dims if config.hypernetworks_know_task else replace(dims, num_tasks=1)
-            made = _both_stacks(config, known, r)
-            num_routers = dims.num_tasks if config.router == "per_task" else 1
-            return made + num_routers * dims.hidden * r if made else 0
+            made = sum(_hyperprompt(config, known, stack, r) for stack in prompted_stacks(config, dims).values())
+            return made + _routers(config, dims) if made else 0
+        case PrefixTuningConfig():
+            return sum(_prefix_tuning(config, dims, stack) for stack in prompted_stacks(config, dims).values())
+        case PTuningConfig(length=length, encoder_hidden_size=e, lstm_layers=n):
+            lstm = 8 * e * (h + e + 2) + (n - 1) * 8 * e * (3 * e + 2) + (2 * e + 1) * 2 * e + (2 * e + 1) * h
+            mlp = (h + 1) * e + (e + 1) * e + (e + 1) * h
+            tokens = (num_tasks if config.per_task else 1) * length * h
+            return tokens + (lstm if config.encoder == "lstm" else mlp) if length else 0
+        case DePTConfig(length=length, rank=r, max_positions=s):
+            return (num_tasks if config.per_task else 1) * (length * h + r * (s + h))
+        case AttemptConfig(length=length, bottleneck=m):
+            return (num_tasks if config.per_task else 1) * length * h + 2 * h * m + 2 * h if length else 0
+        case MPTConfig(length=length):
+            return length * h + num_tasks * (length + h) if length else 0
 
 
-def _both_stacks(config: HyperPromptConfig | RoutedHyperPromptConfig, dims: Dims, num_prompts: int) -> int:
-    made = 0
-    if config.stacks != "decoder":
-        made += _hyperprompt(config, dims, dims.encoder, config.encoder_length, num_prompts)
-    if config.stacks != "encoder":
-        made += _hyperprompt(config, dims, dims.decoder, config.decoder_length, num_prompts)
-    return made
+def _routers(config: RoutingConfig, dims: Dims) -> int:
+    return (dims.num_tasks if config.router == "per_task" else 1) * dims.hidden * config.num_prompts
 
 
 def _hyperprompt(
-    config: HyperPromptConfig | RoutedHyperPromptConfig,
-    dims: Dims,
-    stack: StackDims | None,
-    length: int,
-    num_prompts: int,
+    config: HyperPromptConfig | RoutedHyperPromptConfig, dims: Dims, prompted: PromptedStack, num_prompts: int
 ) -> int:
-    if stack is None or length == 0:
-        return 0
+    stack, length = prompted
     h, k, m = dims.hidden, dims.num_tasks, stack.num_layers
     pair = 2 * (h // config.reduction) * (h + stack.num_heads * stack.head_dim)
     t, t_, e = config.layer_task_embedding_size, config.task_embedding_size, config.mlp_hidden_size
@@ -87,3 +113,11 @@ def _hyperprompt(
             return h * length * num_prompts + m * k * pair
         case "global":
             return h * length * num_prompts + t * pair + k * t_ + m * t_ + (2 * t_ + t) * e
+
+
+def _prefix_tuning(config: PrefixTuningConfig, dims: Dims, prompted: PromptedStack) -> int:
+    stack, length = prompted
+    rows = (dims.num_tasks if config.per_task else 1) * length
+    width = 2 * stack.num_layers * stack.num_heads * stack.head_dim
+    h, e = dims.hidden, config.mlp_hidden_size
+    return rows * width if config.reparameterisation == "none" else rows * h + (h + 1) * e + (e + 1) * width

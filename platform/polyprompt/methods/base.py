@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone"]
+ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Prompts:
     """What a method hands the backbone for one batch.
 
     inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
-    different length (None: all). encoder, decoder: prepended to the keys and values of self-attention.
+    different length (None: all). embeddings_BTH: what the input embeddings become (None: they stay).
+    encoder, decoder: prepended to the keys and values of self-attention.
     aux: statistics by name, detached, [B, routed prompts] each, rows adding up to 1. "router/probability": the router's
     softmax without noise; "router/share": what each prompt is of the row's prompt without noise, as in prediction;
     "router/load": the same as used here, noise and all.
@@ -61,6 +62,7 @@ class Prompts:
     decoder: KeyValues | None = None
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     penalty_B: Tensor | None = None
+    embeddings_BTH: Tensor | None = None
 
 
 class Method(nn.Module, ABC):
@@ -72,6 +74,8 @@ class Method(nn.Module, ABC):
     num_routes: int = 0
     #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
     input_length: int = 0
+    #: Multiply-adds that the method spends on each row, beside a router's; what the task alone decides costs none.
+    row_multiply_adds: int = 0
 
     @abstractmethod
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
@@ -89,7 +93,7 @@ class Method(nn.Module, ABC):
         """Return config key → prompt tokens, for each kind of prompt of the method."""
         return {"method.length": self.input_length} if self.input_length else {}
 
-    def input_prompts(self) -> nn.Parameter | None:
+    def input_prompts(self) -> Tensor | None:
         """Return the trained prompts [prompts, P, H] before the input that may start from given vectors, if any."""
         return None
 

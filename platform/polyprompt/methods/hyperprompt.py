@@ -10,6 +10,7 @@ from polyprompt.config import HyperPromptConfig, RoutedHyperPromptConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Method, ParameterGroup, Prompts, StackDims
 from polyprompt.methods.routing import Routed
+from polyprompt.methods.stacks import prompted_stacks
 
 #: Standard deviation of the generated keys and values at the start.
 PROMPT_STD = 0.1
@@ -71,17 +72,9 @@ def stack_prompts(
             f"method.reduction={config.reduction} must be between 1 and the backbone's hidden size {dims.hidden}: "
             "the bottleneck is hidden size / reduction and needs at least one unit. Lower method.reduction"
         )
-    if dims.encoder is None and config.stacks != "decoder":
-        raise ConfigError(
-            f"method.stacks={config.stacks} asks for encoder prompts, but this backbone has no encoder. "
-            "Expected decoder: set method.stacks=decoder"
-        )
-    encoder = decoder = None
-    if dims.encoder is not None and config.stacks != "decoder" and config.encoder_length:
-        encoder = StackPrompts(config, dims, dims.encoder, config.encoder_length, num_prompts)
-    if config.stacks != "encoder" and config.decoder_length:
-        decoder = StackPrompts(config, dims, dims.decoder, config.decoder_length, num_prompts)
-    return encoder, decoder
+    stacks = prompted_stacks(config, dims)
+    made = {name: StackPrompts(config, dims, *stack, num_prompts) for name, stack in stacks.items()}
+    return made.get("encoder"), made.get("decoder")
 
 
 def prompt_lengths(encoder: "StackPrompts | None", decoder: "StackPrompts | None") -> dict[str, int]:

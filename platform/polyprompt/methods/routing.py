@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from polyprompt.config import RoutingConfig
 from polyprompt.errors import ConfigError
+from polyprompt.method_configs import RoutingConfig
 from polyprompt.methods.base import Dims
 
 

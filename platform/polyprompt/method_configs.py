@@ -1,0 +1,229 @@
+"""The config sections of the methods: a part of config.py."""
+
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from polyprompt.section import AbsolutePath, Section
+
+
+class FullConfig(Section):
+    """Plain multi-task fine-tuning: no prompts, every backbone weight trained."""
+
+    name: Literal["full"] = "full"
+
+
+class PromptStartConfig(Section):
+    """What input prompts start from.
+
+    vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces. normal: N(0, init_std^2). zero.
+    labels: the mean embedding of each choice of the task, then vocabulary. text: init_text, repeated or cut to length.
+    file: init_file.
+    """
+
+    init: str
+    #: One text for all prompts, or a list with one for each (tasks in order, or the router's prompts).
+    init_text: str | list[str] | None = None
+    #: A bundle's folder, or a .safetensors file with one tensor [prompts or 1, length, hidden] or [length, hidden].
+    #: Of a bundle with a prompt for each task each task takes the prompt of its own name.
+    init_file: AbsolutePath | None = None
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Self:
+        for key, init, value in (("init_text", "text", self.init_text), ("init_file", "file", self.init_file)):
+            if self.init == init and value is None:
+                raise ValueError(f"method.init={init} needs method.{key}")
+            if self.init != init and value is not None:
+                raise ValueError(f"method.{key} needs method.init={init}, not {self.init}; set it or drop method.{key}")
+        return self
+
+
+class TaskPromptConfig(PromptStartConfig):
+    """Trained vectors before the input: a prompt for each task, or one for all."""
+
+    per_task: bool = True
+    init: Literal["vocabulary", "labels", "text", "file", "zero", "normal"] = "vocabulary"
+    init_std: PositiveFloat = 0.5
+
+
+class PromptTuningConfig(TaskPromptConfig):
+    """Soft prompts before the input (Lester et al. 2021)."""
+
+    name: Literal["prompt_tuning"] = "prompt_tuning"
+    length: NonNegativeInt = 20
+
+
+class RoutingConfig(Section):
+    """A router that picks or mixes prompts for each row."""
+
+    num_prompts: PositiveInt = 4
+    #: top_k: the top_k likeliest prompts; none: all of them, mixed; gumbel: one drawn with Gumbel noise, gradient
+    #: straight through; stochastic: one drawn by its probability. Prediction takes the likeliest instead of drawing.
+    routing: Literal["top_k", "none", "gumbel", "stochastic"] = "top_k"
+    top_k: PositiveInt = 1
+    #: Multiply the router's logits by 1 + N(0, 1) in training. None: with routing=top_k.
+    perturbation: bool | None = None
+    #: Of routing=gumbel; lower is closer to one prompt in the gradient too.
+    gumbel_temperature: PositiveFloat = 1.0
+    #: Weight of the load-balance loss (Fedus et al. 2022, eq. 4, use 0.01). 0: none.
+    load_balance: NonNegativeFloat = 0.0
+    #: shared: one router for all tasks; per_task: one router a task. The prompts are shared either way.
+    router: Literal["shared", "per_task"] = "shared"
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k > self.num_prompts:
+            raise ValueError(f"method.top_k={self.top_k} must be at most method.num_prompts={self.num_prompts}")
+        if self.top_k != 1 and self.routing != "top_k":
+            raise ValueError(
+                f"method.top_k={self.top_k} belongs to method.routing=top_k, not {self.routing}; "
+                "set method.top_k=1 or method.routing=top_k"
+            )
+        return self
+
+    @property
+    def perturbed(self) -> bool:
+        return self.routing == "top_k" if self.perturbation is None else self.perturbation
+
+    @property
+    def num_mixed(self) -> int:
+        """How many prompts make up a row's prompt in prediction."""
+        return {"top_k": self.top_k, "none": self.num_prompts}.get(self.routing, 1)
+
+
+class SMoPConfig(RoutingConfig, PromptStartConfig):
+    """Sparse mixture of prompts (Choi et al. 2023): k short prompts and a router."""
+
+    name: Literal["smop"] = "smop"
+    length: NonNegativeInt = 5
+    #: probability: the paper. batch_sum: what the authors' code does at top-1; rows then depend on their batch-mates.
+    gate: Literal["probability", "batch_sum"] = "probability"
+    #: No labels: its prompts belong to no task.
+    init: Literal["vocabulary", "text", "file", "zero", "normal"] = "normal"
+    init_std: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _gate_fits(self) -> "SMoPConfig":
+        if self.gate == "batch_sum" and (self.top_k != 1 or self.routing != "top_k"):
+            raise ValueError(
+                "method.gate=batch_sum exists at method.routing=top_k, method.top_k=1 only; "
+                "set these, or method.gate=probability"
+            )
+        return self
+
+
+class KeyValueConfig(Section):
+    """Prompt keys and values for the self-attention layers of one stack or both."""
+
+    #: A decoder-only backbone has no encoder: decoder.
+    stacks: Literal["both", "encoder", "decoder"] = "both"
+    encoder_length: NonNegativeInt = 16
+    decoder_length: NonNegativeInt = 6
+
+
+class HypernetworkConfig(KeyValueConfig):
+    """The sizes of hypernetworks that make them."""
+
+    #: Bottleneck b = hidden size / reduction.
+    reduction: PositiveInt = 32
+    #: t: size of the layer-aware task embedding (global only).
+    layer_task_embedding_size: PositiveInt = 64
+    #: t': size of the task embedding and of the layer embedding (global only).
+    task_embedding_size: PositiveInt = 64
+    #: e: hidden size of the MLP that joins the two (global only).
+    mlp_hidden_size: PositiveInt = 64
+
+
+class HyperPromptConfig(HypernetworkConfig):
+    """Prompts for every self-attention layer, made by hypernetworks (He et al. 2022)."""
+
+    name: Literal["hyperprompt"] = "hyperprompt"
+    variant: Literal["share", "sep", "global"] = "global"
+
+
+class RoutedHyperPromptConfig(HypernetworkConfig, RoutingConfig):
+    """A router picks a global prompt for each row, hypernetworks make keys and values of it (ours)."""
+
+    name: Literal["routed_hyperprompt"] = "routed_hyperprompt"
+    variant: Literal["share", "global"] = "global"
+    #: Do the hypernetworks know the task? None: with variant=global, which alone has a task embedding.
+    task_embedding: bool | None = None
+
+    @model_validator(mode="after")
+    def _task_embedding_fits(self) -> "RoutedHyperPromptConfig":
+        if self.task_embedding and self.variant != "global":
+            raise ValueError(
+                f"method.task_embedding=true needs method.variant=global, not {self.variant}, whose hypernetworks have "
+                "no task in them. Leave it out, or set method.router=per_task to let the router know the task"
+            )
+        return self
+
+    @property
+    def hypernetworks_know_task(self) -> bool:
+        return self.variant == "global" if self.task_embedding is None else self.task_embedding
+
+
+class PrefixTuningConfig(KeyValueConfig):
+    """Trained keys and values for every self-attention layer (Li & Liang 2021; P-tuning v2, Liu et al. 2022)."""
+
+    name: Literal["prefix_tuning"] = "prefix_tuning"
+    per_task: bool = True
+    #: mlp: prefixes are made by a two-layer MLP from vectors of the hidden size; none: they are trained as they are.
+    reparameterisation: Literal["none", "mlp"] = "none"
+    mlp_hidden_size: PositiveInt = 512
+    #: Standard deviation of the keys and values at the start.
+    init_std: PositiveFloat = 0.1
+
+
+class PTuningConfig(Section):
+    """Soft prompts before the input, made by a prompt encoder (Liu et al. 2021)."""
+
+    name: Literal["p_tuning"] = "p_tuning"
+    length: NonNegativeInt = 20
+    per_task: bool = True
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder_hidden_size: PositiveInt = 128
+    #: Layers of the LSTM (lstm only).
+    lstm_layers: PositiveInt = 1
+
+
+class DePTConfig(TaskPromptConfig):
+    """A short soft prompt and a low-rank update of the input embeddings (Shi & Lipani 2024)."""
+
+    name: Literal["dept"] = "dept"
+    length: NonNegativeInt = 60
+    rank: NonNegativeInt = 30
+    #: Tokens of an input whose embeddings are updated, from its first on.
+    max_positions: PositiveInt = 256
+
+
+class AttemptConfig(TaskPromptConfig):
+    """Attention over frozen source prompts and a trained target prompt (Asai et al. 2022)."""
+
+    name: Literal["attempt"] = "attempt"
+    length: NonNegativeInt = 20
+    #: Bundles (step_… folders) of prompt_tuning runs on this backbone: each of their prompts is a source. They are read
+    #: whenever the model is built, so they have to stay.
+    sources: list[AbsolutePath] = []
+    #: Hidden size of the attention's sub-network.
+    bottleneck: PositiveInt = 100
+    #: None: hidden size times e.
+    temperature: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _has_sources(self) -> "AttemptConfig":
+        if self.length and not self.sources:
+            raise ValueError("method.sources=[] must name at least one bundle of a prompt_tuning run on this backbone")
+        return self
+
+
+class MPTConfig(PromptStartConfig):
+    """A shared soft prompt times a rank-one matrix for each task (Wang et al. 2023)."""
+
+    name: Literal["mpt"] = "mpt"
+    length: NonNegativeInt = 20
+    #: Standard deviation around 1 of the tasks' vectors at the start.
+    task_std: PositiveFloat = 0.02
+    #: Of the shared prompt. Not zero: the tasks' vectors would have no gradient.
+    init: Literal["vocabulary", "labels", "text", "file", "normal"] = "vocabulary"
+    init_std: PositiveFloat = 0.5

@@ -1,0 +1,42 @@
+"""Prompts of earlier runs, for methods that build on them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyprompt import checkpoint
+from polyprompt.config import AttemptConfig, MethodConfig, PromptTuningConfig
+from polyprompt.errors import ConfigError
+
+
+def read(config: MethodConfig, backbone: Mapping[str, Any]) -> Tensor | None:
+    """Return sources_JPH: every prompt of every bundle in method.sources, in that order; None for other methods.
+
+    backbone: the identity of the backbone that they are to be used with. Raises BundleError where a bundle is damaged
+    or of another backbone, ConfigError where it holds no prompts of method.length for the backbone as it was loaded.
+    """
+    if not isinstance(config, AttemptConfig) or not config.length:
+        return None
+    found = []
+    for folder in config.sources:
+        bundle = checkpoint.read(folder, backbone=backbone)
+        method = bundle.config.method
+        if not isinstance(method, PromptTuningConfig):
+            raise ConfigError(
+                f"method.sources: {folder} is a bundle of method.name={method.name}; expected prompt_tuning. Name a "
+                "step_… folder of a prompt_tuning run"
+            )
+        if bundle.config.train_backbone:
+            raise ConfigError(
+                f"method.sources: {folder} was trained together with its backbone, so its prompts do not fit the "
+                "backbone as it was; expected backbone.trainable=false there. Train the source prompts alone"
+            )
+        if method.length != config.length:
+            raise ConfigError(
+                f"method.sources: {folder} has prompts of length {method.length}, expected method.length="
+                f"{config.length}. Set method.length={method.length}, or name other sources"
+            )
+        found.append(bundle.tensors["method.prompt_GPH"])
+    return torch.cat(found)
