@@ -895,39 +895,6 @@ def test_p_tuning_lstm_is_the_formula() -> None:
         torch.testing.assert_close(made[i], last.weight @ hidden + last.bias, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
-def test_p_tuning_equals_peft(encoder: str) -> None:
-    """The same weights give the same loss and gradients. PEFT knows one task, so the prompt is shared."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: it is in the dev extra")
-    ours = tiny.model(PTuningConfig(length=4, per_task=False, encoder=encoder, encoder_hidden_size=7, lstm_layers=2))
-    config = peft.PromptEncoderConfig(
-        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_transformer_submodules=1, encoder_hidden_size=7,
-        encoder_reparameterization_type=encoder.upper(), encoder_num_layers=2, encoder_dropout=0.0,
-    )  # fmt: skip
-    theirs = peft.get_peft_model(tiny.plain(), config).eval()
-    encoder_of = theirs.prompt_encoder["default"]
-    names = {
-        k: k.replace("mlp_head", "mlp").replace("lstm_head", "lstm").replace("embedding.weight", "tokens_GPH")
-        for k in encoder_of.state_dict()
-    }
-    own = dict(ours.method.named_parameters())
-    assert sorted(names.values()) == sorted(own)
-    encoder_of.load_state_dict(
-        {k: own[name].detach().reshape(encoder_of.state_dict()[k].shape) for k, name in names.items()}
-    )
-    input_ids, mask, labels, task = tiny.batch()
-    loss = ours(input_ids, mask, labels, task).total / (labels != -100).sum()
-    expected = theirs(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    loss.backward()
-    expected.backward()
-    for k, parameter in encoder_of.named_parameters():
-        grad = own[names[k]].grad
-        assert grad is not None
-        assert parameter.grad is not None
-        torch.testing.assert_close(grad.reshape(parameter.shape), parameter.grad, atol=1e-6, rtol=1e-6)
-
-
 # DePT
 
 

@@ -52,7 +52,7 @@ def test_sources_that_do_not_fit_are_refused_by_name(one_task: dict[str, Any], t
         attempt(smop)
     with pytest.raises(ConfigError, match=r"trained together with its backbone"):
         attempt(moved)
-    with pytest.raises(BundleError, match=r"no readable manifest.json"):
+    with pytest.raises(ConfigError, match=r"method.sources: .*nowhere is no bundle; expected a step_"):
         attempt(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"was trained on backbone"):
         attempt(tuned, backbone={"name": "embedded", "init": "random"})

@@ -27,6 +27,7 @@ from polyprompt.method_configs import (
     FullConfig,
     HyperPromptConfig,
     MPTConfig,
+    ParameterGroup,
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
@@ -36,7 +37,6 @@ from polyprompt.method_configs import (
 from polyprompt.section import AbsolutePath, Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-ParameterGroupName = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
 
 
 def _address(name: str) -> str:
@@ -54,8 +54,7 @@ class BackboneConfig(Section):
     gguf_file: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too. None: as the method's paper does (full, hyperprompt, routed_hyperprompt: yes; the rest:
-    #: no).
+    #: Train the backbone too. None: as the method's paper does (full and the hyperprompts: yes; the rest: no).
     trainable: bool | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
@@ -232,7 +231,7 @@ class TrainConfig(Section):
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: PositiveFloat = 1e-3
     #: Learning rates of parameter groups that differ from `learning_rate`.
-    group_learning_rates: dict[ParameterGroupName, PositiveFloat] = {}
+    group_learning_rates: dict[ParameterGroup, PositiveFloat] = {}
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     adam_beta1: Fraction = 0.9

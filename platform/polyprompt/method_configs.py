@@ -6,14 +6,23 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from polyprompt.section import AbsolutePath, Section
 
+#: Parameters of a group share a learning rate.
+ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
 
-class FullConfig(Section):
+
+class MethodSection(Section):
+    """What is common to all methods."""
+
+    name: str
+
+
+class FullConfig(MethodSection):
     """Plain multi-task fine-tuning: no prompts, every backbone weight trained."""
 
     name: Literal["full"] = "full"
 
 
-class PromptStartConfig(Section):
+class PromptStartConfig(MethodSection):
     """What input prompts start from.
 
     vocabulary: rows of the embedding matrix, drawn from the 5,000 most common pieces. normal: N(0, init_std^2). zero.
@@ -53,7 +62,7 @@ class PromptTuningConfig(TaskPromptConfig):
     length: NonNegativeInt = 20
 
 
-class RoutingConfig(Section):
+class RoutingConfig(MethodSection):
     """A router that picks or mixes prompts for each row."""
 
     num_prompts: PositiveInt = 4
@@ -112,7 +121,7 @@ class SMoPConfig(RoutingConfig, PromptStartConfig):
         return self
 
 
-class KeyValueConfig(Section):
+class KeyValueConfig(MethodSection):
     """Prompt keys and values for the self-attention layers of one stack or both."""
 
     #: A decoder-only backbone has no encoder: decoder.
@@ -175,7 +184,7 @@ class PrefixTuningConfig(KeyValueConfig):
     init_std: PositiveFloat = 0.1
 
 
-class PTuningConfig(Section):
+class PTuningConfig(MethodSection):
     """Soft prompts before the input, made by a prompt encoder (Liu et al. 2021)."""
 
     name: Literal["p_tuning"] = "p_tuning"

@@ -9,7 +9,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor, get_scheduler
 
-from polyprompt.config import ParameterGroupName, TrainConfig
+from polyprompt.config import TrainConfig
+from polyprompt.method_configs import ParameterGroup
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "inverse_sqrt": "inverse_sqrt"}
 
@@ -17,10 +18,8 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "inverse_sq
 class Optim:
     """An optimizer and its schedule, stepped and saved together."""
 
-    def __init__(
-        self, config: TrainConfig, groups: Mapping[ParameterGroupName, list[tuple[str, nn.Parameter]]]
-    ) -> None:
-        """groups: optimizer group (ParameterGroupName) → named parameters. Empty ones are left out.
+    def __init__(self, config: TrainConfig, groups: Mapping[ParameterGroup, list[tuple[str, nn.Parameter]]]) -> None:
+        """groups: optimizer group (ParameterGroup) → named parameters. Empty ones are left out.
 
         Adafactor runs with relative_step and scale_parameter off, as in SMoP's and prompt tuning's published set-ups,
         so the learning rate means what it says. Weight decay spares biases and layer norms (tensors of one dimension).

@@ -15,12 +15,18 @@ def read(config: MethodConfig, backbone: Mapping[str, Any]) -> Tensor | None:
     """Return sources_JPH: every prompt of every bundle in method.sources, in that order; None for other methods.
 
     backbone: the identity of the backbone that they are to be used with. Raises BundleError where a bundle is damaged
-    or of another backbone, ConfigError where it holds no prompts of method.length for the backbone as it was loaded.
+    or of another backbone, ConfigError where there is none or it holds no prompts of method.length for the backbone as
+    it was loaded.
     """
     if not isinstance(config, AttemptConfig) or not config.length:
         return None
     found = []
     for folder in config.sources:
+        if not (folder / checkpoint.MANIFEST).is_file():
+            raise ConfigError(
+                f"method.sources: {folder} is no bundle; expected a step_… folder of a prompt_tuning run, such as "
+                "runs/NAME/bundles/step_00001200"
+            )
         bundle = checkpoint.read(folder, backbone=backbone)
         method = bundle.config.method
         if not isinstance(method, PromptTuningConfig):

@@ -6,11 +6,10 @@ Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L la
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor, nn
 
-ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
+from polyprompt.method_configs import ParameterGroup
 
 
 @dataclass(frozen=True)
