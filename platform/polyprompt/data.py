@@ -220,7 +220,7 @@ def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tok
         "max_tokens": [max_input_tokens, config.max_target_tokens],
         "limits": limits,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    digest = _digest(identity)
     folder = _cache_folder(config) / digest
     if not token_store.is_whole(folder):
         read = {
@@ -243,7 +243,7 @@ def _prepare_text(config: DataConfig, task: TextTask, tokenizer: Tokenizer, max_
         "source": _text_identity(task),
         "tokenizer": _tokenizer_identity(tokenizer),
     }
-    text = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    text = _digest(identity)
     folder = _cache_folder(config) / text
     if not token_store.is_whole(folder):
         text_store.write(folder, task.name, _text(task), tokenizer)
@@ -253,11 +253,14 @@ def _prepare_text(config: DataConfig, task: TextTask, tokenizer: Tokenizer, max_
     if (task.has_train and not len(train)) or not len(validation):
         short = "validation" if len(train) or not task.has_train else "train"
         raise DataError(
-            f"{task.name}: the {short} text is shorter than the {objective.window} tokens of two inputs. Give more "
+            f"{task.name}: the {short} text is shorter than two windows of {objective.window} tokens. Give more "
             "text, lower its input_tokens, or raise held_out"
         )
-    digest = hashlib.sha256(repr((text, objective, limits)).encode()).hexdigest()[:20]
-    return TextData(task, train, validation, digest)
+    return TextData(task, train, validation, _digest([text, repr(objective), limits]))
+
+
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _text(task: TextTask) -> dict[str, Iterator[str]]:

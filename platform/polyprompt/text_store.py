@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from polyprompt.errors import ConfigError, DataError
 from polyprompt.tasks.records import TextSource, TextTask, TokenRow
 from polyprompt.token_store import Tokenizer
 
-_CHUNK_LINES = 1000
 #: Sentinels of T5's tokenizers.
 MAX_SENTINELS = 100
 
@@ -69,18 +67,12 @@ def write(folder: Path, name: str, splits: Mapping[str, Iterable[str]], tokenize
             file = aside / f"{split}.tokens"
             num_tokens = 0
             with file.open("wb") as stream:
-                for chunk in token_store.tracked(_chunks(line for line in text if line), f"{name} {split}"):
+                for chunk in token_store.chunks((line for line in text if line), f"{name} {split}"):
                     ids = np.fromiter((i for row in token_store.tokens(tokenizer, chunk) for i in row), dtype=dtype)
                     stream.write(ids.tobytes())
                     num_tokens += len(ids)
             counts[split] = {"file": file.name, "num_bytes": file.stat().st_size, "num_tokens": num_tokens}
         (aside / "meta.json").write_text(json.dumps({"dtype": dtype, "splits": counts}))
-
-
-def _chunks(text: Iterable[str]) -> Iterator[list[str]]:
-    remaining = iter(text)
-    while chunk := list(islice(remaining, _CHUNK_LINES)):
-        yield chunk
 
 
 def objective(task: TextTask, tokenizer: Tokenizer, input_tokens: int) -> Objective:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from rich.console import Console
@@ -18,12 +18,13 @@ from rich.progress import track
 from polyprompt.errors import DataError
 from polyprompt.tasks.records import Example, FileSource, Task
 
+T = TypeVar("T")
 Tokenizer = Any
 """A tokenizer of transformers, which this room does not import."""
 
 #: Raise it when the files change their form or meaning.
 FORMAT = 2
-_CHUNK_EXAMPLES = 1000
+_CHUNK = 1000  # examples or lines
 _TOKENS = pa.list_(pa.int32())
 # choices and choice_ids are null where they are the task's own, which meta.json holds once.
 _SCHEMA = pa.schema(
@@ -119,7 +120,7 @@ class Writer:
     def _write_split(self, path: Path, name: str, examples: Iterable[tuple[str, Example]]) -> dict[str, Any]:
         counts = {"num_examples": 0, "num_cut_inputs": 0, "num_cut_targets": 0}
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as stream:
-            for chunk in tracked(_chunks(examples), f"{self.task.name} {name}"):
+            for chunk in chunks(examples, f"{self.task.name} {name}"):
                 columns = self._columns(chunk, counts)
                 stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
         if counts["num_examples"] == 0:
@@ -164,13 +165,9 @@ def _put(aside: Path, folder: Path) -> None:
             ) from error
 
 
-def _chunks(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    remaining = iter(examples)
-    while chunk := list(islice(remaining, _CHUNK_EXAMPLES)):
-        yield chunk
-
-
-def tracked(chunks: Iterable[Any], description: str) -> Iterable[Any]:
-    """Show that work goes on, where someone watches."""
+def chunks(items: Iterable[T], description: str) -> Iterable[list[T]]:
+    """Hand out what is to be tokenised in lists, and show that work goes on, where someone watches."""
+    remaining = iter(items)
+    lists = iter(lambda: list(islice(remaining, _CHUNK)), [])
     console = Console(stderr=True)
-    return track(chunks, f"tokenising {description}", console=console, transient=True, disable=not sys.stderr.isatty())
+    return track(lists, f"tokenising {description}", console=console, transient=True, disable=not sys.stderr.isatty())
