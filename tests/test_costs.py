@@ -16,6 +16,7 @@ from polyprompt.config import (
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
+    RoutedHyperPromptConfig,
     SMoPConfig,
 )
 from polyprompt.costs import inference_flops
@@ -26,6 +27,7 @@ METHODS: list[MethodConfig] = [
     SMoPConfig(num_prompts=3, length=2),
     HyperPromptConfig(encoder_length=4, decoder_length=3, reduction=4),
     HyperPromptConfig(encoder_length=4, stacks="encoder", reduction=4),
+    RoutedHyperPromptConfig(encoder_length=4, decoder_length=3, reduction=4),
     PrefixTuningConfig(encoder_length=4, decoder_length=3),
     PTuningConfig(length=5),
     DePTConfig(length=5, rank=2),

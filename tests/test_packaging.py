@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_the_wheel_holds_the_embedded_backbone(tmp_path: Path) -> None:
     # Setuptools leaves its build folders beside the sources: build a copy.
-    shutil.copytree(ROOT / "platform", tmp_path / "platform", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT / "platform", tmp_path / "platform", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path / "dist"), str(tmp_path)]
