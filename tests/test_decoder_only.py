@@ -17,7 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from polyprompt import backbone, methods
-from polyprompt.config import BackboneConfig, FullConfig, HyperPromptConfig, MethodConfig, PromptTuningConfig, RunConfig
+from polyprompt.config import (
+    BackboneConfig,
+    FullConfig,
+    HyperPromptConfig,
+    MethodConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    RoutedHyperPromptConfig,
+    RunConfig,
+)
 from polyprompt.costs import inference_flops
 from polyprompt.data import collate
 from polyprompt.errors import ConfigError
@@ -267,9 +276,12 @@ def test_dims_are_those_of_keys_and_values(family: str) -> None:
 
 
 @every_family
-def test_a_method_with_encoder_prompts_is_refused_by_its_key(family: str) -> None:
+@pytest.mark.parametrize(
+    "config", [HyperPromptConfig(reduction=2), RoutedHyperPromptConfig(reduction=2), PrefixTuningConfig()]
+)
+def test_a_method_with_encoder_prompts_is_refused_by_its_key(family: str, config: MethodConfig) -> None:
     with pytest.raises(ConfigError, match=r"method.stacks=both.*no encoder.*method.stacks=decoder"):
-        tiny.model(HyperPromptConfig(reduction=2), family)
+        tiny.model(config, family)
 
 
 @every_family
