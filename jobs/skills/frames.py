@@ -65,7 +65,7 @@ MARKS = (
     ("x", "y", "z", "v", "w"),
 )
 #: This share of a task's rows is worded in one way.
-PLAIN = 0.4
+PLAIN = 0.6
 #: Besides any common word of the books, these stand for a label that the row names.
 SIGNS = tuple("A B C X Y Z 1 2 3 4 5 one two red blue green up down left right this that".split())
 
@@ -103,19 +103,19 @@ def judge(
 ) -> Draft:
     """Ask which label fits the text. conditions: for each label ways to complete "say x if ...".
 
-    Four rows of ten put the first question in the same words, in front: a task is learned there first, and carried over
-    to the others. Three ask with a question's own answers, unnamed or named; the rest say which word stands for which
-    label, mostly words that have nothing to do with it, so that the row must be read.
+    Most rows put the first question in the same words, in front: a task is learned there first, and carried over to the
+    others. Of those, four of ten ask with a question's own answers, unnamed or named; the rest say which word stands for
+    which label, mostly words that have nothing to do with it, so that the row must be read.
     """
-    style, ask = rng.random(), rng.choice(asks)
-    if style < PLAIN:
+    if rng.random() < PLAIN:
         return Draft(f"{asks[0].question} : {body}", asks[0].words[label], asks[0].words)
-    if style < 0.55:
+    style, ask = rng.random(), rng.choice(asks)
+    if style < 0.25:
         return Draft(place(rng, ask.question + "?", body), ask.words[label], ask.words)
-    if style < 0.7:
+    if style < 0.45:
         options = _listed(rng, rng.sample(ask.words, len(ask.words)))
         return Draft(place(rng, f"{ask.question} , {options}?", body), ask.words[label], ask.words)
-    signs = ask.words if style < 0.8 else sign_words(rng, words, len(conditions))
+    signs = ask.words if style < 0.6 else sign_words(rng, words, len(conditions))
     rules = [(sign, rng.choice(ways)) for sign, ways in zip(signs, conditions, strict=True)]
     rng.shuffle(rules)
     return Draft(place(rng, _rule(rng, rules), body), signs[label], signs)
@@ -139,11 +139,10 @@ def pick(rng: Random, ask: str, body: str, right: str, wrong: Sequence[str]) -> 
     """Ask for one of several options, by its text or by a mark; body may be ""."""
     options = [right, *wrong]
     rng.shuffle(options)
-    style = rng.random()
-    if style < PLAIN:
+    if rng.random() < PLAIN:
         parts = (ask.rstrip("?"), body, " , ".join(options))
         return Draft(" : ".join(part for part in parts if part), right, tuple(options))
-    if style < 0.7:
+    if rng.random() < 0.5:
         return Draft(_with_options(rng, ask, body, _listed(rng, options)), right, tuple(options))
     marks = rng.choice(MARKS)[: len(options)]
     layout = rng.choice(("{m} : {o}", "{m} ) {o}", "( {m} ) {o}", "{m} {o}", "{m} is {o}"))
