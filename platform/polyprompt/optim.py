@@ -66,7 +66,7 @@ class Optim:
         return {"optimizer": self.optimizer.state_dict(), "schedule": {"last_epoch": self.schedule.last_epoch}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take moments and step count from a bundle; rates, betas and decays stay this config's, which may be others."""
+        """Take moments and step count from a bundle; rates, betas and decays stay those of this config."""
         own = [{key: value for key, value in t.items() if key != "params"} for t in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
