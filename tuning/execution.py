@@ -86,14 +86,13 @@ class TrialActor(tune.Trainable):
     def setup(self, config: dict[str, Any], work: Stoppable, reuse: bool) -> None:  # type: ignore[override]
         self.work = work
         self.reuse = reuse
-        self._start(config)
+        self._prepare(config)
 
-    def _start(self, config: dict[str, Any]) -> None:
+    def _prepare(self, config: dict[str, Any]) -> None:
         self.number: int = config["number"]
         self.step_seen = 0
         self.results: queue.Queue[dict[str, Any]] = queue.Queue()
         self.thread = threading.Thread(target=self._run, args=(config, self.results), daemon=True)
-        self.thread.start()
 
     def _run(self, config: dict[str, Any], results: "queue.Queue[dict[str, Any]]") -> None:
         def report(step: int, seen: Values) -> None:
@@ -112,6 +111,9 @@ class TrialActor(tune.Trainable):
             results.put({OUTCOME: FAILED, CAUSE: ended.cause, "passing": ended.passing, "done": True})
 
     def step(self) -> dict[str, Any]:
+        # Not before: a process that Tune replaces by one that came free must never have touched the trial.
+        if self.thread.ident is None:
+            self.thread.start()
         result = self.results.get()
         self.step_seen = max(self.step_seen, result.get(STEP, 0))
         if result.get("passing"):
@@ -133,7 +135,7 @@ class TrialActor(tune.Trainable):
         self.cleanup()
         if not self.reuse or self.thread.is_alive():
             return False
-        self._start(new_config)
+        self._prepare(new_config)
         return True
 
 
@@ -293,6 +295,8 @@ def execute(
         chosen = Population(search, known, clone=clone, num_concurrent=num_concurrent, ending=ending)
     else:
         chosen = scheduler(search, known)
+    # A trial of a population begins anew after every meeting: a new process each time would cost more than it trains.
+    reuse = reuse or population
     name = uuid.uuid4().hex
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialActor, work=work, reuse=reuse), _resources(search)),

@@ -62,6 +62,9 @@ class Population(PopulationBasedTraining):
         behind = min(unfinished) if unfinished and len(known) == search.config.num_trials else 0
         self._next_perturbation_sync = (behind // steps + 1) * steps
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a pickle of everything for its own resume, which is not used
+
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         if trial in self._trial_state:  # started again after a failure
             return
@@ -77,6 +80,8 @@ class Population(PopulationBasedTraining):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         if UNTIL not in result:  # an evaluation on the way
             return self.CONTINUE
+        if result[UNTIL] < self._next_perturbation_sync:  # its process was started for an earlier meeting
+            return self.PAUSE
         return super().on_trial_result(tune_controller, trial, result)
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
@@ -86,15 +91,19 @@ class Population(PopulationBasedTraining):
                 if trial.status == TuneTrial.PAUSED:
                     tune_controller.stop_trial(trial)
             return None
-        if live and all(self._trial_state[t].last_train_time >= self._next_perturbation_sync for t in live):
+        if live and not any(map(self._is_behind, live)):
             # The last one that they waited for has ended instead.
             self._next_perturbation_sync += self._perturbation_interval
         if sum(trial.status != TuneTrial.PAUSED for trial in live) >= self.num_concurrent:
             return None
-        chosen = super().choose_trial_to_run(tune_controller)
-        if chosen is not None and chosen.status == TuneTrial.PAUSED:
-            chosen.set_config({**chosen.config, UNTIL: self._next_perturbation_sync})
-        return chosen
+        for trial in live:
+            if trial.status == TuneTrial.PAUSED and self._is_behind(trial):
+                trial.set_config({**trial.config, UNTIL: self._next_perturbation_sync})
+                return trial
+        return None
+
+    def _is_behind(self, trial: TuneTrial) -> bool:
+        return self._trial_state[trial].last_train_time < self._next_perturbation_sync
 
     def _checkpoint_or_exploit(self, trial: TuneTrial, *others: Any) -> None:
         """Draw from the search's seed, whoever else drew from the module's generator, which Tune's PBT uses."""
