@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,100 @@ def test_what_a_killed_start_left_is_cleared(small_run: Table, tmp_path: Path) -
     trials.begin(0, {RATE: 5e-3})
     assert [change.source for change in trials.read(0, {RATE: 5e-3}, live=False).changes] == [1]
     assert trials.read(0, {RATE: 5e-3}, live=False).num_steps == 4
+
+
+# --- what Tune's scheduler is made of
+
+SPACES = {
+    RATE: {"loguniform": [1e-4, 1e-1]},
+    "backbone.dropout": {"uniform": [0.0, 0.3]},
+    "train.weight_decay": {"choice": [0.1, 0, 0.01]},
+    "train.max_grad_norm": {"choice": [1.0, None, 5.0]},
+    "train.adam_beta2": {"quniform": [0.9, 0.98, 0.02]},
+}
+
+
+class Controller:
+    """As much of Tune's controller as the scheduler asks."""
+
+    def __init__(self, *trials: Any) -> None:
+        self.trials = trials
+
+    def get_trials(self) -> tuple[Any, ...]:
+        return self.trials
+
+
+def population(search: Search, known: Sequence[Trial] = ()) -> Any:
+    from tuning.population import Population
+
+    return Population(
+        search, known, clone=lambda number, source, params: None, num_concurrent=2, ending=threading.Event()
+    )
+
+
+def waiting(made: Any, number: int, params: Params) -> Any:
+    from ray.tune.experiment import Trial as TuneTrial
+
+    trial = TuneTrial("stub", config={"number": number, "params": params}, stub=True)
+    made.on_trial_add(Controller(), trial)
+    return trial
+
+
+@pytest.mark.slow  # imports Ray Tune
+def test_changed_values_stay_in_the_space(small_run: Table) -> None:
+    search = pbt(small_run, SPACES)
+    made = population(search)
+    begun = search.enumerated
+    assert begun is not None
+    first, second = (waiting(made, number, begun[number]) for number in range(2))
+    seen: dict[str, set[Any]] = {key: set() for key in SPACES}
+    for _ in range(300):
+        config, _ = made._get_new_config(first, second)
+        assert config["number"] == 0
+        for key, value in config["params"].items():
+            space = search.config.space[key][0]
+            values = space.values()
+            low, high = space.uniform or space.loguniform or (0, 0)
+            assert value in values if values is not None else low <= value <= high
+            seen[key].add(value)
+        second.set_config({**second.config, "params": config["params"]})
+    assert seen["train.weight_decay"] == {0.1, 0, 0.01}
+    assert seen["train.max_grad_norm"] == {1.0, None, 5.0}
+    assert len(seen["train.adam_beta2"]) == 5
+    assert len(seen[RATE]) > 100
+
+
+@pytest.mark.slow  # imports Ray Tune
+def test_a_population_waits_for_all_but_not_for_the_dead(small_run: Table) -> None:
+    made = population(pbt(small_run, num_trials=3))
+    trials = [waiting(made, number, {RATE: 1e-3}) for number in range(3)]
+    controller = Controller(*trials)
+    for trial in trials[:2]:
+        assert made.choose_trial_to_run(controller) is trial
+        assert trial.config["until"] == 4
+        trial.set_status("RUNNING")
+    assert made.choose_trial_to_run(controller) is None  # two at once
+    for trial in trials[:2]:
+        made._trial_state[trial].last_train_time = 4
+        trial.set_status("PAUSED")
+    assert made.choose_trial_to_run(controller) is trials[2]
+    trials[2].set_status("RUNNING")
+    assert made.choose_trial_to_run(controller) is None
+    trials[2].set_status("ERROR")
+    assert made.choose_trial_to_run(controller) is trials[0]
+    assert trials[0].config["until"] == 8
+
+
+@pytest.mark.slow  # imports Ray Tune
+def test_a_resumed_population_meets_where_the_last_one_is(small_run: Table) -> None:
+    def at(*steps: int) -> list[Trial]:
+        return [Trial(n, {}, [SeedRun(42, state="running", num_steps=step)]) for n, step in enumerate(steps)]
+
+    search = pbt(small_run, num_trials=3)
+    for steps, until in (((4, 6, 8), 8), ((8, 8, 8), 12), ((5, 8), 4)):
+        made = population(search, at(*steps))
+        waiting_one = waiting(made, 0, {RATE: 1e-3})
+        assert made.choose_trial_to_run(Controller(waiting_one)).config["until"] == until
 
 
 # --- on Ray

@@ -74,7 +74,8 @@ class Population(PopulationBasedTraining):
 
             search_alg = None
 
-        super().on_trial_add(NoSearch(), trial)
+        without: Any = NoSearch()
+        super().on_trial_add(without, trial)
         trial.set_status(TuneTrial.PAUSED)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
