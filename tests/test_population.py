@@ -170,6 +170,10 @@ class Controller:
 
     def __init__(self, *trials: Any) -> None:
         self.trials = trials
+        self.stopped: list[Any] = []
+
+    def stop_trial(self, trial: Any) -> None:
+        self.stopped.append(trial)
 
     def get_trials(self) -> tuple[Any, ...]:
         return self.trials
@@ -234,6 +238,10 @@ def test_a_population_waits_for_all_but_not_for_the_dead(small_run: Table) -> No
     trials[2].set_status("ERROR")
     assert made.choose_trial_to_run(controller) is trials[0]
     assert trials[0].config["until"] == 8
+    trials[0].set_status("RUNNING")
+    made.ending.set()
+    assert made.choose_trial_to_run(controller) is None
+    assert controller.stopped == [trials[1]]  # who waits; the work at hand is told elsewhere
 
 
 @pytest.mark.slow  # imports Ray Tune

@@ -326,34 +326,24 @@ def execute(
 
 
 def scheduler(search: Search, known: Sequence[Trial]) -> TrialScheduler:
-    """Return Tune's scheduler, told the curves of the trials that are done."""
+    """Return Tune's scheduler, told the curves of the trials that are done. Of a population: see population.py."""
     chosen, score, every = search.config.scheduler, search.score, search.run.evaluate.steps
+    if not isinstance(chosen, AshaScheduler | MedianScheduler):
+        return FIFOScheduler()
+    assert score is not None
+    assert every is not None
+    shared: dict[str, Any] = {
+        "time_attr": STEP,
+        "metric": score.metric,
+        "mode": score.mode,
+        "grace_period": chosen.grace_steps or every,
+    }
     made: TrialScheduler
-    match chosen:
-        case AshaScheduler():
-            assert score is not None
-            assert every is not None
-            made = AsyncHyperBandScheduler(
-                time_attr=STEP,
-                metric=score.metric,
-                mode=score.mode,
-                max_t=ENDLESS,
-                grace_period=chosen.grace_steps or every,
-                reduction_factor=chosen.reduction_factor,
-            )
-        case MedianScheduler():
-            assert score is not None
-            assert every is not None
-            made = MedianStoppingRule(
-                time_attr=STEP,
-                metric=score.metric,
-                mode=score.mode,
-                grace_period=chosen.grace_steps or every,
-                min_samples_required=chosen.min_trials,
-                min_time_slice=ENDLESS,  # never pause one trial for another
-            )
-        case _:
-            return FIFOScheduler()
+    if isinstance(chosen, AshaScheduler):
+        made = AsyncHyperBandScheduler(**shared, max_t=ENDLESS, reduction_factor=chosen.reduction_factor)
+    else:
+        # Never pause one trial for another.
+        made = MedianStoppingRule(**shared, min_samples_required=chosen.min_trials, min_time_slice=ENDLESS)
     for trial in known:
         if trial.state in ("finished", "stopped"):
             _replay(made, trial, score)
