@@ -23,7 +23,7 @@ ONLY = {
 
 #: The same of tuning/.
 ONLY_TUNING = {
-    "ray": {"execution.py", "sampler.py"},
+    "ray": {"execution.py", "population.py", "sampler.py"},
     "mlflow": set[str](),
     "optuna": {"sampler.py", "study_importances.py"},
 }

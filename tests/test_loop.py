@@ -160,6 +160,39 @@ def test_the_optimizer_resumes_exactly(small_run: Table) -> None:
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_bundle_goes_on_under_another_configs_rates(small_run: Table, optimizer: str) -> None:
+    """As if the new config's values had been set by hand: from the first step, and on its own schedule."""
+    small_run["train"] |= {"lr_scheduler_type": "linear", "weight_decay": 0.01, "optimizer": optimizer}
+    other = {"learning_rate": 4e-3, "group_learning_rates": {"prompt": 0.1}, "weight_decay": 0.2, "adam_beta2": 0.9}
+    ends = []
+    for by_hand in (True, False):
+        model, _ = build(check(small_run))
+        optim = Optim(check(small_run).train, model.named_groups())
+        for step in range(6):
+            if step == 3 and by_hand:
+                for number, group in enumerate(optim.optimizer.param_groups):
+                    base = 0.1 if group["group"] == "prompt" else 4e-3
+                    decay = 0.2 if group["weight_decay"] else 0.0
+                    optim.schedule.base_lrs[number] = base
+                    group.update(lr=base * 9 / 12, weight_decay=decay)
+                    if "betas" in group:
+                        group["betas"] = (0.9, 0.9)
+            elif step == 3:
+                state = optim.state_dict()
+                small_run["train"] |= other
+                optim = Optim(check(small_run).train, model.named_groups())
+                optim.load_state_dict(state)
+                assert optim.learning_rates() == pytest.approx(
+                    {"prompt": 0.1 * 9 / 12, "hypernetwork": 3e-3, "backbone": 3e-3}
+                )
+            for number, parameter in enumerate(optim.parameters):
+                parameter.grad = torch.full_like(parameter, 1e-3 * (number + step))
+            optim.step()
+        ends.append(model.trained_state())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "prompt_tuning", "smop", "hyperprompt", "routed_hyperprompt"])
 def test_every_method_trains_in_both_precisions(small_run: Table, tmp_path: Path, method: str, precision: str) -> None:

@@ -133,7 +133,7 @@ class Quadratic:
 
     trials: Trials
 
-    def __call__(self, number: int, params: Params, report: Report) -> Values:
+    def __call__(self, number: int, params: Params, report: Report, until: int | None = None) -> Values:
         score = 1 - sum((float(params[key]) - best) ** 2 for key, best in OPTIMUM.items())  # type: ignore[arg-type]
         for step in (1, 2):
             report(step, {"eval/mean": score})

@@ -204,7 +204,6 @@ LENGTH = {"method.encoder_length": {"choice": [1, 2]}}
         ({"space": LENGTH, "schedulr": "asha"}, "search.schedulr: unknown key. Did you mean 'scheduler'"),
         ({"space": LENGTH, "scheduler": "ashs"}, "unknown scheduler 'ashs'; known: none, asha, median"),
         ({"space": LENGTH, "scheduler": {"name": "asha", "grace_step": 3}}, "Did you mean 'grace_steps'"),
-        ({"space": LENGTH, "scheduler": "pbt"}, "pbt is not there: its trials change their values on the way"),
         ({"space": LENGTH, "num_trials": 3}, "num_trials does not go with searcher=grid"),
         ({"space": LENGTH, "searcher": "random"}, "num_trials is required for searcher=random"),
         ({"space": LENGTH, "searcher": "random", "num_trials": 3}, "holds only 2 different configurations"),
@@ -232,6 +231,35 @@ def test_a_bad_search_is_refused_and_explained(search: Table, what: str) -> None
     with pytest.raises(ConfigError) as error:
         made({"searcher": "grid", **search})
     assert what in str(error.value)
+
+
+RATE = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+PBT = {"space": RATE, "searcher": "random", "num_trials": 4, "scheduler": "pbt"}
+
+
+@pytest.mark.parametrize(
+    ("search", "run", "what"),
+    [
+        ({"space": LENGTH}, {}, "search: space.method.encoder_length: with scheduler=pbt every searched key changes"),
+        ({"space": {**RATE, "train.optimizer": {"choice": ["adamw"]}}}, {}, "Keys that may: train.learning_rate, "),
+        ({"space": {**RATE, "backbone.dropout": {"choice": [0.1], "when": {"train.learning_rate": 1e-3}}}}, {},
+         "when does not go with scheduler=pbt"),
+        ({"searcher": "tpe"}, {}, "searcher=tpe does not go with scheduler=pbt"),
+        ({"num_trials": 1}, {}, "a trial needs others"),
+        ({"constraints": ["train.learning_rate < 1"]}, {}, "constraints do not go with scheduler=pbt"),
+        ({"seeds": [1, 2]}, {}, "seeds [1, 2]: scheduler=pbt needs a single one"),
+        ({"objectives": ["eval/mean", "inference_flops"]}, {}, "needs a single one that is a score"),
+        ({"objectives": "inference_flops"}, {}, "needs a single one that is a score"),
+        ({"scheduler": {"name": "pbt", "perturbation_steps": 6}}, {}, "must be a multiple of evaluate.steps=4"),
+        ({"scheduler": {"name": "pbt", "perturbation_steps": 12}}, {}, "must be below train.max_steps=12"),
+        ({"scheduler": {"name": "pbt", "perturbation_step": 4}}, {}, "Did you mean 'perturbation_steps'"),
+        ({"scheduler": {"name": "pbt", "quantile_fraction": 0.6}}, {}, "less than or equal to 0.5"),
+        ({}, {"evaluate": {"steps": 4, "early_stopping_patience": 2}}, "early_stopping_patience does not go with"),
+        ({}, {"evaluate": {}}, "set evaluate.steps"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_perturbed_is_refused(search: Table, run: Table, what: str) -> None:
+    assert what in refusal({**PBT, **search}, {**BASE, "evaluate": {"steps": 4}, "train": {"max_steps": 12}, **run})
 
 
 def test_a_scheduler_needs_evaluations_on_the_way() -> None:

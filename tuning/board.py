@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tuning import study_report
 from tuning.spaces import Params
-from tuning.study import FILE, Study, Trial
+from tuning.study import FILE, Change, Study, Trial
 from tuning.trial import Ended, Trials
 
 MAX_LIVE_TRIALS = 12
@@ -59,6 +59,10 @@ class Board:
 
     def reported(self, number: int, step: int, values: Mapping[str, float]) -> None:
         self._refresh(number, f"trial {number} step {step}: {_text(values)}")
+
+    def changed(self, number: int, change: Change) -> None:
+        self._params[number] = {**self._params[number], **change.after}
+        self._refresh(number, f"trial {number} {study_report.change_text(change)}")
 
     def ended(self, number: int, ended: Ended | None) -> None:
         """ended: None: finished, or interrupted."""

@@ -1,4 +1,4 @@
-"""Runs the trials of a search with Ray Tune. The only file that imports ray.tune.
+"""Runs the trials of a search with Ray Tune. Beside population.py the only file that imports ray.tune.
 
 How Ray Tune is used and why (each was seen to bite):
 
@@ -34,11 +34,12 @@ from polyprompt import ray_train
 from polyprompt.errors import StoppedError
 from polyprompt.run_folder import LOCK
 from tuning.capacity import Node, bundle
+from tuning.population import UNTIL, Population
 from tuning.sampler import Source
-from tuning.schema import AshaScheduler, MedianScheduler
+from tuning.schema import AshaScheduler, MedianScheduler, PbtScheduler
 from tuning.spaces import Params, Search
-from tuning.study import Objective, Trial
-from tuning.trial import STEP, Ended, Report, Values, failure
+from tuning.study import Change, Objective, Trial
+from tuning.trial import STEP, Ended, PausedError, Report, Values, failure
 
 LOGGER = logging.getLogger(__name__)
 OUTCOME, CAUSE, FINISHED, FAILED, INTERRUPTED = "outcome", "cause", "finished", "failed", "interrupted"
@@ -56,9 +57,13 @@ class PassingError(Exception):
 class Stoppable(Protocol):
     """The work of a trial: number, params, report → its metrics. Raises StoppedError after it was told to stop."""
 
-    def __call__(self, number: int, params: Params, report: Report) -> Values: ...
+    def __call__(self, number: int, params: Params, report: Report, until: int | None = None) -> Values:
+        """until: raise PausedError at this step. Called again, go on."""
 
     def tell_to_stop(self, number: int) -> None: ...
+
+    def clone(self, number: int, source: int, params: Params) -> Change:
+        """Let a trial go on from another's state with these params. Called in the driver, while neither is at work."""
 
 
 class Events(Protocol):
@@ -68,6 +73,8 @@ class Events(Protocol):
         """Before the trial starts."""
 
     def reported(self, number: int, step: int, values: Mapping[str, float]) -> None: ...
+
+    def changed(self, number: int, change: Change) -> None: ...
 
     def ended(self, number: int, ended: Ended | None) -> None:
         """ended: None: finished, or interrupted."""
@@ -79,19 +86,23 @@ class TrialActor(tune.Trainable):
     def setup(self, config: dict[str, Any], work: Stoppable, reuse: bool) -> None:  # type: ignore[override]
         self.work = work
         self.reuse = reuse
-        self._start(config)
+        self._prepare(config)
 
-    def _start(self, config: dict[str, Any]) -> None:
+    def _prepare(self, config: dict[str, Any]) -> None:
         self.number: int = config["number"]
         self.step_seen = 0
         self.results: queue.Queue[dict[str, Any]] = queue.Queue()
-        self.thread = threading.Thread(target=self._run, args=(config["params"], self.results), daemon=True)
-        self.thread.start()
+        self.thread = threading.Thread(target=self._run, args=(config, self.results), daemon=True)
 
-    def _run(self, params: Params, results: "queue.Queue[dict[str, Any]]") -> None:
+    def _run(self, config: dict[str, Any], results: "queue.Queue[dict[str, Any]]") -> None:
+        def report(step: int, seen: Values) -> None:
+            results.put({STEP: step, **seen})
+
         try:
-            values = self.work(self.number, params, lambda step, seen: results.put({STEP: step, **seen}))
+            values = self.work(self.number, config["params"], report, config.get(UNTIL))
             results.put({**values, OUTCOME: FINISHED, "done": True})
+        except PausedError as paused:
+            results.put({**paused.values, UNTIL: config[UNTIL]})
         except StoppedError:
             results.put({OUTCOME: INTERRUPTED, "done": True})
         except BaseException as error:
@@ -100,11 +111,20 @@ class TrialActor(tune.Trainable):
             results.put({OUTCOME: FAILED, CAUSE: ended.cause, "passing": ended.passing, "done": True})
 
     def step(self) -> dict[str, Any]:
+        # Not before: a process that Tune replaces by one that came free must never have touched the trial.
+        if self.thread.ident is None:
+            self.thread.start()
         result = self.results.get()
         self.step_seen = max(self.step_seen, result.get(STEP, 0))
         if result.get("passing"):
             raise PassingError(result[CAUSE])
         return {STEP: self.step_seen, **result}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A trial's state is its folder. PBT asks for this, at a time when the trial's run has ended."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """The folder has it all."""
 
     def cleanup(self) -> None:
         if self.thread.is_alive():
@@ -115,7 +135,7 @@ class TrialActor(tune.Trainable):
         self.cleanup()
         if not self.reuse or self.thread.is_alive():
             return False
-        self._start(new_config)
+        self._prepare(new_config)
         return True
 
 
@@ -172,10 +192,13 @@ class Proposals(Searcher):
 class Listener(tune.Callback):
     """Passes Tune's events on, and frees what killed trials left."""
 
-    def __init__(self, events: Events, scheduler: str, folders: Callable[[int], Sequence[Path]]) -> None:
-        """folders: the run folders of a trial."""
+    def __init__(
+        self, events: Events, scheduler: str, folders: Callable[[int], Sequence[Path]], *, stops: bool
+    ) -> None:
+        """folders: the run folders of a trial. stops: the scheduler ends trials early."""
         self.events = events
         self.scheduler = scheduler
+        self.stops = stops
         self.folders = folders
         self._ended: set[int] = set()
         self._dead: set[Path] = set()
@@ -195,7 +218,7 @@ class Listener(tune.Callback):
         ended = None
         if outcome == FAILED:
             ended = Ended("failed", last[CAUSE])
-        elif outcome is None and last:
+        elif outcome is None and last and self.stops:
             ended = Ended("stopped", f"{self.scheduler} at step {last[STEP]}")
         self._end(trial.config["number"], ended)
 
@@ -262,14 +285,27 @@ def execute(
         metrics=[objective.metric for objective in search.objectives],
         ending=ending,
     )
+
+    def clone(number: int, source_number: int, params: Params) -> None:
+        events.changed(number, work.clone(number, source_number, params))
+
+    population = isinstance(config.scheduler, PbtScheduler)
+    chosen: TrialScheduler
+    if population:
+        chosen = Population(search, known, clone=clone, num_concurrent=num_concurrent, ending=ending)
+    else:
+        chosen = scheduler(search, known)
+    # A trial of a population begins anew after every meeting: a new process each time would cost more than it trains.
+    reuse = reuse or population
     name = uuid.uuid4().hex
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialActor, work=work, reuse=reuse), _resources(search)),
         tune_config=tune.TuneConfig(
             search_alg=proposals,
-            scheduler=scheduler(search, known),
+            scheduler=chosen,
             num_samples=-1,
-            max_concurrent_trials=num_concurrent,
+            # A population is there from the start; it counts itself who is at work.
+            max_concurrent_trials=None if population else num_concurrent,
             reuse_actors=reuse,
             trial_name_creator=lambda trial: f"trial_{trial.config['number']}",
             trial_dirname_creator=lambda trial: f"trial_{trial.config['number']}",
@@ -279,7 +315,7 @@ def execute(
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[Listener(events, config.scheduler.name, folders)],
+            callbacks=[Listener(events, config.scheduler.name, folders, stops=not population)],
             verbose=0,
         ),
     )
@@ -290,34 +326,24 @@ def execute(
 
 
 def scheduler(search: Search, known: Sequence[Trial]) -> TrialScheduler:
-    """Return Tune's scheduler, told the curves of the trials that are done."""
+    """Return Tune's scheduler, told the curves of the trials that are done. Of a population: see population.py."""
     chosen, score, every = search.config.scheduler, search.score, search.run.evaluate.steps
+    if not isinstance(chosen, AshaScheduler | MedianScheduler):
+        return FIFOScheduler()
+    assert score is not None
+    assert every is not None
+    shared: dict[str, Any] = {
+        "time_attr": STEP,
+        "metric": score.metric,
+        "mode": score.mode,
+        "grace_period": chosen.grace_steps or every,
+    }
     made: TrialScheduler
-    match chosen:
-        case AshaScheduler():
-            assert score is not None
-            assert every is not None
-            made = AsyncHyperBandScheduler(
-                time_attr=STEP,
-                metric=score.metric,
-                mode=score.mode,
-                max_t=ENDLESS,
-                grace_period=chosen.grace_steps or every,
-                reduction_factor=chosen.reduction_factor,
-            )
-        case MedianScheduler():
-            assert score is not None
-            assert every is not None
-            made = MedianStoppingRule(
-                time_attr=STEP,
-                metric=score.metric,
-                mode=score.mode,
-                grace_period=chosen.grace_steps or every,
-                min_samples_required=chosen.min_trials,
-                min_time_slice=ENDLESS,  # never pause one trial for another
-            )
-        case _:
-            return FIFOScheduler()
+    if isinstance(chosen, AshaScheduler):
+        made = AsyncHyperBandScheduler(**shared, max_t=ENDLESS, reduction_factor=chosen.reduction_factor)
+    else:
+        # Never pause one trial for another.
+        made = MedianStoppingRule(**shared, min_samples_required=chosen.min_trials, min_time_slice=ENDLESS)
     for trial in known:
         if trial.state in ("finished", "stopped"):
             _replay(made, trial, score)

@@ -15,10 +15,20 @@ from pydantic import (
     model_validator,
 )
 
-from polyprompt.config import Section
+from polyprompt.config import Fraction, Section
 from polyprompt.errors import ConfigError, hint
 from tuning.study import Mode, Objective, Scalar
 
+#: Keys that may change while a trial trains: they shape neither its weights nor its data.
+CHANGEABLE = (
+    "train.learning_rate",
+    "train.group_learning_rates.<group>",
+    "train.weight_decay",
+    "train.adam_beta1",
+    "train.adam_beta2",
+    "train.max_grad_norm",
+    "backbone.dropout",
+)
 #: Costs that can be objectives; every other objective is a score.
 COSTS = ("num_trained_parameters", "inference_flops", "peak_memory_bytes", "step_seconds")
 
@@ -110,7 +120,20 @@ class MedianScheduler(Section):
     min_trials: PositiveInt = 3
 
 
-Scheduler = Annotated[NoScheduler | AshaScheduler | MedianScheduler, Field(discriminator="name")]
+class PbtScheduler(Section):
+    """Population based training (Jaderberg et al. 2017): all trials meet at every perturbation step, where the worst go
+    on from copies of the best under changed values of the searched keys."""
+
+    name: Literal["pbt"] = "pbt"
+    #: Steps between two meetings, a multiple of evaluate.steps. None: evaluate.steps.
+    perturbation_steps: PositiveInt | None = None
+    #: Share of the trials that are copied, and of those that take over a copy.
+    quantile_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.25
+    #: How often a value is drawn anew; else it is multiplied by 0.8 or 1.2, or becomes a neighbour in its list.
+    resample_probability: Fraction = 0.25
+
+
+Scheduler = Annotated[NoScheduler | AshaScheduler | MedianScheduler | PbtScheduler, Field(discriminator="name")]
 
 
 class ObjectiveConfig(Section):
@@ -190,7 +213,39 @@ class SearchConfig(Section):
         for name, values in (("seeds", self.seeds), ("objectives", metrics), ("constraints", self.constraints)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} lists one twice")
+        if isinstance(self.scheduler, PbtScheduler):
+            self._fits_pbt()
         return self
+
+    def _fits_pbt(self) -> None:
+        for key, spaces in self.space.items():
+            section, _, rest = key.rpartition(".")
+            if key not in CHANGEABLE and not (section == "train.group_learning_rates" and rest):
+                raise ValueError(
+                    f"space.{key}: with scheduler=pbt every searched key changes while trials train, and this one may "
+                    f"not: a trial could not go on from another's weights. Keys that may: {', '.join(CHANGEABLE)}. Set "
+                    "it in the recipe, or use scheduler=asha"
+                )
+            if any(space.when for space in spaces):
+                raise ValueError(
+                    f"space.{key}: when does not go with scheduler=pbt, whose trials all have the same keys"
+                )
+        if self.searcher != "random":
+            raise ValueError(
+                f"searcher={self.searcher} does not go with scheduler=pbt, which finds the values itself; "
+                "use searcher=random for those to begin with"
+            )
+        if self.num_trials == 1:
+            raise ValueError("num_trials=1 does not go with scheduler=pbt: a trial needs others to go on from")
+        if self.constraints:
+            raise ValueError("constraints do not go with scheduler=pbt: changed values could break them")
+        if len(self.seeds) > 1:
+            raise ValueError(f"seeds {self.seeds}: scheduler=pbt needs a single one, as a trial is one run")
+        metrics = [objective.metric for objective in self.objectives]
+        if len(metrics) > 1 or metrics[0] in COSTS:
+            raise ValueError(
+                f"objectives {metrics}: scheduler=pbt needs a single one that is a score, such as eval/mean"
+            )
 
 
 def check(section: Mapping[str, Any]) -> SearchConfig:
@@ -216,15 +271,10 @@ def _explain(fault: Any) -> str:
         case "union_tag_invalid" | "union_tag_not_found":
             names = [m.model_fields["name"].default for m in _SCHEDULERS]
             got = str(dict(fault["input"]).get("name"))
-            if got == "pbt":
-                return (
-                    f"{key}.name: pbt is not there: its trials change their values on the way, so no config reruns "
-                    "the best one. Search the values with searcher=tpe and scheduler=asha"
-                )
             return f"{key}.name: unknown scheduler {got!r}; known: {', '.join(names)}.{hint(got, names)}"
         case "value_error":
             return f"{key}: {fault['ctx']['error']}"
     return f"{key}: {fault['msg']} (got {fault['input']!r})"
 
 
-_SCHEDULERS: tuple[Any, ...] = (NoScheduler, AshaScheduler, MedianScheduler)
+_SCHEDULERS: tuple[Any, ...] = (NoScheduler, AshaScheduler, MedianScheduler, PbtScheduler)

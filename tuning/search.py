@@ -34,6 +34,7 @@ from tuning.spaces import Search
 from tuning.study import FILE, Study, Trial
 
 if TYPE_CHECKING:
+    from polyprompt.tracking import RunHandle
     from tuning.board import Board
     from tuning.execution import Stoppable
     from tuning.trial import Trials
@@ -143,12 +144,12 @@ def _search(
     search: Search, folder: Path, resume: bool, console: Console, work: "Stoppable | None", reuse: bool
 ) -> tuple[Study, bool]:
     # Imported here because Ray, torch and MLflow take seconds: a typing mistake is answered before.
-    from polyprompt import ray_train, study_tracking, tracking
+    from polyprompt import ray_train, study_tracking
     from polyprompt.plan import plan
     from tuning import execution, sampler, study_report
     from tuning.board import Board
     from tuning.capacity import capacity
-    from tuning.trial import TrainTrial, Trials
+    from tuning.trial import Trials
 
     config, compute = search.config, search.run.compute
     _check_identity(search, folder, resume)
@@ -174,7 +175,7 @@ def _search(
             with board.shown():
                 execution.execute(
                     search,
-                    work or TrainTrial(trials, parent, tracking.resolve_experiment(search.run.tracking)),
+                    work or _training(search, trials, parent),
                     source=sampler.source(search, known),
                     known=known,
                     events=board,
@@ -189,8 +190,18 @@ def _search(
             study = board.close()
             study_report.write(study, folder)
             if parent is not None:
-                study_tracking.close_study(parent, study, folder, status)
+                # MLflow's params cannot change: a child has those that its trial began with.
+                begun = [replace(trial, params=trial.params_after(0)) for trial in study.trials]
+                study_tracking.close_study(parent, replace(study, trials=begun), folder, status)
         return study, ending.is_set()
+
+
+def _training(search: Search, trials: "Trials", parent: "RunHandle | None") -> "Stoppable":
+    from polyprompt import tracking
+    from tuning.trial import TrainTrial
+
+    experiment = tracking.resolve_experiment(search.run.tracking)
+    return TrainTrial(trials, parent, experiment, changing=search.perturbation_steps is not None)
 
 
 def _study(search: Search, folder: Path, known: Sequence[Trial]) -> Study:

@@ -15,7 +15,7 @@ from polyprompt.config import RunConfig, long_form, shapes_result
 from polyprompt.errors import ConfigError, hint
 from tuning import schema
 from tuning.constraints import Constraint
-from tuning.schema import COSTS, SearchConfig, Space
+from tuning.schema import COSTS, PbtScheduler, SearchConfig, Space
 from tuning.study import Scalar
 
 Params = dict[str, Scalar]
@@ -139,6 +139,29 @@ class Search:
             raise ConfigError(f"search.scheduler={name} compares scores; add eval/mean to search.objectives")
         if self.run.evaluate.steps is None:
             raise ConfigError(f"search.scheduler={name} compares trials on their way; set evaluate.steps")
+        if self.perturbation_steps is not None:
+            self._check_perturbation(self.perturbation_steps)
+
+    @property
+    def perturbation_steps(self) -> int | None:
+        """Steps between two meetings of a population; None: there is none."""
+        chosen = self.config.scheduler
+        return chosen.perturbation_steps or self.run.evaluate.steps if isinstance(chosen, PbtScheduler) else None
+
+    def _check_perturbation(self, steps: int) -> None:
+        every, last = self.run.evaluate.steps, self.run.train.max_steps
+        stated = f"search.scheduler.perturbation_steps={steps}"
+        if every is None or steps % every:
+            raise ConfigError(
+                f"{stated} must be a multiple of evaluate.steps={every}: trials are compared by their scores"
+            )
+        if steps >= last:
+            raise ConfigError(f"{stated} must be below train.max_steps={last}, or no trial ever changes")
+        if self.run.evaluate.early_stopping_patience is not None:
+            raise ConfigError(
+                "evaluate.early_stopping_patience does not go with search.scheduler=pbt: the others would wait for a "
+                "trial that stopped early. Drop it"
+            )
 
     def _check_samples(self) -> None:
         """Let the run config see every configuration that can be listed, else a fixed sample of them."""

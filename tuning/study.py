@@ -53,14 +53,45 @@ class SeedRun:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A trial took over another's weights on its way. step: of those weights. source: number of the other trial.
+    before, after: the trial's own values, of the keys that changed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CONFIG
+
+    step: int
+    source: int
+    before: dict[str, Scalar]
+    after: dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps after `step` were trained by trial `number` with these values."""
+
+    step: int
+    number: int
+    params: dict[str, Scalar]
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One configuration. params: dotted key of the run config → value, of the keys that exist for this trial."""
+    """One configuration. params: dotted key of the run config → value, of the keys that exist for this trial; the
+    last values where they changed on the way. changes: of population based training, in order."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _CONFIG
 
     number: int
     params: dict[str, Scalar]
     runs: list[SeedRun]
+    changes: list[Change] = field(default_factory=list)
+
+    def params_after(self, num_changes: int) -> dict[str, Scalar]:
+        """Return the values that it had after so many changes; 0: those it began with."""
+        params = dict(self.params)
+        for change in reversed(self.changes[num_changes:]):
+            params |= change.before
+        return params
 
     @property
     def state(self) -> State:
@@ -150,6 +181,19 @@ class Study:
     def _dominates(self, a: Trial, b: Trial) -> bool:
         pairs = [(o, a.mean(o.metric), b.mean(o.metric)) for o in self.objectives]
         return not any(o.better(y, x) for o, x, y in pairs) and any(o.better(x, y) for o, x, y in pairs)
+
+    def schedule(self, trial: Trial) -> list[Stage]:
+        """Return which trial trained what became this trial's weights, and with which values, from step 0 on."""
+        return self._stages(trial, len(trial.changes))
+
+    def _stages(self, trial: Trial, num_changes: int) -> list[Stage]:
+        params = trial.params_after(num_changes)
+        if not num_changes:
+            return [Stage(0, trial.number, params)]
+        change = trial.changes[num_changes - 1]
+        source = next(other for other in self.trials if other.number == change.source)
+        earlier = sum(1 for other in source.changes if other.step < change.step)
+        return [*self._stages(source, earlier), Stage(change.step, trial.number, params)]
 
     def write(self, path: Path) -> None:
         """Write the study as JSON, whole or not at all."""

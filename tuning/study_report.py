@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tuning import study_plots
 from tuning.spaces import configure
-from tuning.study import Study, Trial
+from tuning.study import Change, Study, Trial
 from tuning.study_importances import importances
 from tuning.study_plots import quantity, short_names, show
 
@@ -80,6 +80,7 @@ def leaderboard(study: Study) -> list[dict[str, Any]]:
             "seconds": round(trial.seconds, 1),
             "seeds": " ".join(str(run.seed) for run in trial.runs),
             "cause": trial.cause,
+            "changes": "; ".join(change_text(change) for change in trial.changes),
         }
         for metric in (o.metric for o in study.objectives):
             row[metric] = _finite(trial.mean(metric))
@@ -103,10 +104,26 @@ def best_recipe(study: Study) -> str:
     if len(best.runs) > 1:
         scores += f" over {len(best.runs)} seeds, {run.metrics[metric]:.4g} with this one"
     config = configure(study.recipe, best.params, seed=run.seed)
-    return (
-        f"# The best of {len(study.trials)} trials of the study {study.name}: trial {best.number}, {scores}.\n"
-        f"#     python jobs/multitask.py {BEST}\n{config.to_yaml()}"
-    )
+    head = f"# The best of {len(study.trials)} trials of the study {study.name}: trial {best.number}, {scores}.\n"
+    if best.changes:
+        head += "# Its values changed while it trained; these are the last ones, and rerun they score something else:\n"
+        head += "".join(f"#   {line}\n" for line in schedule_lines(study, best))
+    return f"{head}#     python jobs/multitask.py {BEST}\n{config.to_yaml()}"
+
+
+def change_text(change: Change) -> str:
+    """Say in a line what changed when a trial took over another's weights."""
+    values = ", ".join(f"{key} {show(change.before[key])} → {show(change.after[key])}" for key in change.after)
+    return f"went on from trial {change.source} at step {change.step}" + (f": {values}" if values else "")
+
+
+def schedule_lines(study: Study, trial: Trial) -> list[str]:
+    """Say which trial trained what became this one's weights, with which values."""
+    return [
+        f"from step {stage.step} on trial {stage.number}: "
+        + ", ".join(f"{key}={show(value)}" for key, value in stage.params.items())
+        for stage in study.schedule(trial)
+    ]
 
 
 def table(study: Study, *, max_trials: int | None = None) -> Table:
@@ -131,6 +148,9 @@ def table(study: Study, *, max_trials: int | None = None) -> Table:
     for heading in (*("trained" if metric == "num_trained_parameters" else metric for metric in metrics), "steps"):
         made.add_column(heading, justify="right", no_wrap=True)
     made.add_column("s", justify="right", no_wrap=True)
+    changes = any(trial.changes for trial in shown)
+    if changes:
+        made.add_column("From trial@step", overflow="fold")
     causes = any(trial.cause for trial in shown)
     if causes:
         made.add_column("Cause", overflow="fold", max_width=40)
@@ -147,6 +167,7 @@ def table(study: Study, *, max_trials: int | None = None) -> Table:
             *(_spread(trial, metric) for metric in metrics),
             f"{trial.num_steps:,}",
             f"{trial.seconds:,.0f}",
+            *([" ".join(f"{c.source}@{c.step}" for c in trial.changes)] if changes else []),
             *([escape(trial.cause)] if causes else []),
             style="bold" if rank == 1 and trial.number in done else None,
         )
@@ -158,7 +179,7 @@ def _columns(study: Study) -> list[str]:
     scores = [column for metric in objectives if metric not in COSTS for column in (metric, f"{metric} std")]
     front = ["front"] if len(objectives) > 1 else []
     start = ["rank", "number", "state", *front]
-    return [*start, *study.keys, *scores, *COSTS, "num_steps", "seconds", "seeds", "cause"]
+    return [*start, *study.keys, *scores, *COSTS, "num_steps", "seconds", "seeds", "cause", "changes"]
 
 
 def _markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
@@ -185,7 +206,11 @@ def _summary(study: Study, best: Trial | None) -> list[str]:
     if best is None:
         return [*lines, "No trial has finished, so there is no best one."]
     values = ", ".join(f"`{key}={show(value)}`" for key, value in best.params.items())
-    return [*lines, f"Best: trial {best.number} ({values}): {_spread(best, study.objectives[0].metric)}."]
+    lines.append(f"Best: trial {best.number} ({values}): {_spread(best, study.objectives[0].metric)}.")
+    if best.changes:
+        lines += ["Its values changed on the way, so no single config reruns it:", ""]
+        lines += [f"* {line}" for line in schedule_lines(study, best)]
+    return lines
 
 
 def _counts(study: Study) -> str:

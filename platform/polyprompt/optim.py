@@ -65,6 +65,13 @@ class Optim:
         return {"optimizer": self.optimizer.state_dict(), "schedule": {"last_epoch": self.schedule.last_epoch}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take moments and step count from a bundle; rates, betas and decays stay those of this config."""
+        own = [{key: value for key, value in t.items() if key != "params"} for t in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        factors = [factor(self.schedule.last_epoch) for factor in self.schedule.lr_lambdas]
+        for table, settings, rate, factor in zip(
+            self.optimizer.param_groups, own, self.schedule.base_lrs, factors, strict=True
+        ):
+            table.update(settings, lr=rate * factor)
         self.schedule._last_lr = [table["lr"] for table in self.optimizer.param_groups]

@@ -109,7 +109,8 @@ def open_run(
     """Create the run, or open run_id again, and return its handle. Creates and migrates a new sqlite store.
 
     params: logged beside `config.flat()`. A run that is opened again must have the same data and the same params, but
-    for those that do not shape its result: MLflow's params cannot change, so a changed one becomes a tag changed.<key>.
+    for those that do not shape its result, and those that the tag polyprompt.changing lists (JSON) as changing on the
+    way: MLflow's params cannot change, so a changed one becomes a tag changed.<key>.
     Raises TrackingError when the store cannot be used within seconds, or the run is another one.
     """
     uri, experiment = resolve_uri(config.tracking), resolve_experiment(config.tracking)
@@ -283,7 +284,10 @@ def _reopen(
         raise TrackingError(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings it back")
     old = run.data.params
     changed = {key: value for key, value in params.items() if key in old and old[key] != value}
-    faults = [f"{key} was {old[key]}, now {value}" for key, value in changed.items() if shapes_result(key)]
+    free = json.loads(tags.get("polyprompt.changing", "[]"))
+    faults = [
+        f"{key} was {old[key]}, now {value}" for key, value in changed.items() if shapes_result(key) and key not in free
+    ]
     seen = {(i.dataset.name, tag.value): i.dataset.digest for i in run.inputs.dataset_inputs for tag in i.tags}
     for d in datasets:
         digest = seen.get((d.name, d.context), d.digest[:MAX_DIGEST_CHARACTERS])
