@@ -27,11 +27,11 @@ sys.path.insert(0, str(ROOT / "jobs"))
 import make_skills  # noqa: E402
 from skills import book_text, leaks  # noqa: E402
 from skills.catalog import MAKERS  # noqa: E402
-from skills.frames import Draft  # noqa: E402
+from skills.frames import PLAIN, Draft  # noqa: E402
 
 ROWS, VALIDATION_ROWS, GRAMMAR_LINES = 200, 40, 150
 #: sha256 of everything that the small corpus below gives. Changed words or templates change it on purpose.
-DIGEST = "cd99c073bfed3c8611512fa5d949d06cea7dfe614af3c2944f663e94019bccd0"
+DIGEST = "ad059272541252d54564424f9f71b9eee584c34e15ccf178ec4e228b3f76fa42"
 
 Row = dict[str, Any]
 every_task = pytest.mark.parametrize("name", list(MAKERS))
@@ -79,7 +79,8 @@ def rows(folder: Path, name: str, *splits: str) -> list[Row]:
 
 
 def grammar(folder: Path) -> list[str]:
-    return gzip.decompress((folder / "grammar.txt.gz").read_bytes()).decode().splitlines()
+    lines = gzip.decompress((folder / "grammar.txt.gz").read_bytes()).decode().splitlines()
+    return [line for line in lines if line]
 
 
 def all_texts(folder: Path) -> Iterator[str]:
@@ -121,14 +122,15 @@ def test_answers_are_balanced(folder: Path, name: str) -> None:
     for num_choices, counts in places.items():
         assert chisquare([counts[i] for i in range(num_choices)]).pvalue > 1e-3
     (_, most), *_ = Counter(row["target"] for row in rows(folder, name)).most_common(1)
-    assert most < 0.35 * (ROWS + VALIDATION_ROWS)
+    # Half of the rows worded in one way, where there are two answers, and some of the others.
+    assert most < (PLAIN / 2 + 0.2) * (ROWS + VALIDATION_ROWS)
 
 
 @every_task
 def test_instructions_vary(folder: Path, name: str) -> None:
-    """No start of an input is that of a quarter of the rows."""
+    """But for the share that is worded in one way, no start of an input is that of a quarter of the rows."""
     starts = Counter(" ".join(row["input"].lower().split()[:4]) for row in rows(folder, name))
-    assert starts.most_common(1)[0][1] < 0.25 * (ROWS + VALIDATION_ROWS)
+    assert starts.most_common(1)[0][1] < (PLAIN + (1 - PLAIN) * 0.25 + 0.05) * (ROWS + VALIDATION_ROWS)
 
 
 def test_texts_fit_the_embedded_tokenizer(folder: Path) -> None:

@@ -104,8 +104,8 @@ def judge(
     """Ask which label fits the text. conditions: for each label ways to complete "say x if ...".
 
     Most rows put the first question in the same words, in front: a task is learned there first, and carried over to the
-    others. Of those, four of ten ask with a question's own answers, unnamed or named; the rest say which word stands for
-    which label, mostly words that have nothing to do with it, so that the row must be read.
+    others. Four of ten of those ask with a question's own answers, unnamed or named; the rest say which word stands
+    for which label, mostly words that have nothing to do with it, so that the row must be read.
     """
     if rng.random() < PLAIN:
         return Draft(f"{asks[0].question} : {body}", asks[0].words[label], asks[0].words)
