@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -26,6 +27,13 @@ from tuning.trial import STEP, PausedError, Report, TrainTrial, Trials, Values, 
 
 Table = dict[str, Any]
 RATE = "train.learning_rate"
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """A trial tells its process of the study's tracking store; here that process goes on with other tests."""
+    with patch.dict(os.environ):
+        yield
 
 
 def changed() -> Study:
