@@ -208,6 +208,16 @@ def test_the_end_of_an_input_is_read_as_a_newline(family: str) -> None:
 
 
 @torch.no_grad()
+@every_family
+def test_stored_in_bf16_it_is_transformers_own_in_bf16(family: str) -> None:
+    own = tiny.plain(family).from_pretrained(tiny.folder(family), dtype=torch.bfloat16).eval()
+    loaded = tiny.load(family, train=False, precision="bf16")
+    assert {name: b.dtype for name, b in loaded.model.named_buffers()} == {n: b.dtype for n, b in own.named_buffers()}
+    input_ids, position_ids = torch.tensor([[5, 9, 30, 7]]), torch.tensor([[1, 9, 22, tiny.LIMIT - 1]])
+    assert torch.equal(*(m(input_ids, position_ids=position_ids).logits for m in (loaded.model, own)))
+
+
+@torch.no_grad()
 def test_bos_goes_before_the_input_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.folder("llama"))
     tokenizer.bos_token = "w3"
