@@ -243,6 +243,16 @@ def fails(path: Path | str, **keys: Any) -> str:
 def test_input_ends_that_do_not_fit_are_refused() -> None:
     assert "backbone.input_end='two words' is not one token" in fails(tiny.folder("gpt2"), input_end="two words")
     assert "backbone.input_end='.' is for decoder-only models" in fails(tiny.folder("t5"), input_end=".")
+    assert "backbone.input_end='strange' is not one token" in fails(tiny.folder("gpt2"), input_end="strange")
+
+
+def test_the_end_of_texts_may_be_the_input_end_though_it_stands_for_unknown_pieces_too(tmp_path: Path) -> None:
+    tiny.plain("gpt2").save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.folder("gpt2"))
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's own
+    tokenizer.save_pretrained(tmp_path)
+    config = BackboneConfig(name=str(tmp_path), input_end=tokenizer.eos_token)
+    assert backbone.load(config, train=False, precision="fp32", seed=0).end_id == tokenizer.eos_token_id
 
 
 def test_a_tokenizer_without_padding_gets_some_and_one_without_an_end_is_refused(tmp_path: Path) -> None:
