@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from polyprompt import backbone, methods
+from polyprompt import backbone, checkpoint, methods, pretrained
 from polyprompt.config import (
     BackboneConfig,
     FullConfig,
@@ -381,6 +381,23 @@ def test_text_is_a_task_of_decoder_only_models_too(small_run: dict[str, Any], bo
         else:
             with pytest.raises(ConfigError, match=r"corpus/prefix: input_tokens=128 exceeds the 127 tokens"):
                 build(check(small_run))
+
+
+def test_a_pre_trained_one_is_described_as_what_it_is(
+    small_run: dict[str, Any], books: Path, byte_gpt2: Path, tmp_path: Path
+) -> None:
+    text = {"name": "corpus/prefix", "text": {"files": {"train": [str(books)]}}, "objective": "prefix_lm"}
+    small_run |= {"backbone": {"name": str(byte_gpt2)}, "method": "full", "tasks": [{**text, "input_tokens": 64}]}
+    small_run["train"] |= {"max_steps": 1}
+    config = check(small_run)
+    result = run(config, out=tmp_path / "out", say=lambda line: None)
+    folder = pretrained.export(config, result, tmp_path / "backbone")
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert "A decoder-only model of" in card
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    trained = checkpoint.read(Path(result.last_bundle)).tensors
+    assert all(torch.equal(weight, trained[f"backbone.model.{n}"]) for n, weight in model.named_parameters())
 
 
 def test_activations_are_counted_for_input_and_target_together(small_run: dict[str, Any], byte_gpt2: Path) -> None:
