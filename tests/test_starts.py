@@ -122,6 +122,17 @@ def test_another_bundles_prompts_go_to_the_tasks_of_their_names(small_run: Table
         started({**small_run, "tasks": ["embedded/copa"]}, init="file", init_file=str(bundle))
 
 
+def test_the_prompt_of_a_bundle_of_one_task_starts_those_of_other_tasks(small_run: Table, tmp_path: Path) -> None:
+    """Prompt transfer: Vu et al. 2022, SPoT."""
+    first = {**small_run, "method": {"name": "prompt_tuning", "length": 6}, "evaluate": {}}
+    first |= {"tasks": small_run["tasks"][:1], "train": {**small_run["train"], "max_steps": 2}}
+    (tmp_path / "first").mkdir()
+    job = Job(check(first), tmp_path / "first", handle=None)
+    bundle = train(job, torch.device("cpu"), lambda metrics, folder: None).last_bundle
+    prompts, _ = started({**small_run, "tasks": small_run["tasks"][1:]}, init="file", init_file=str(bundle))
+    assert torch.equal(prompts, build_state(bundle).expand(2, 6, 32))
+
+
 def build_state(bundle: Path) -> Tensor:
     from polyprompt import checkpoint
 

@@ -177,7 +177,9 @@ def load(config: BackboneConfig, *, train: bool, precision: Literal["fp32", "bf1
         backbone = EncoderDecoder(model, tokenizer, name=name, revision=revision)
     backbone.requires_grad_(train)
     if precision == "bf16" and not train:
-        backbone.to(torch.bfloat16)
+        # Not the buffers: rotary frequencies in bf16 would turn far tokens by the wrong angles.
+        for parameter in backbone.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone.eval()

@@ -215,7 +215,7 @@ class MixtureConfig(Section):
     temperature: Annotated[float, Field(ge=1.0)] = 1.0
     #: Artificial limit on the examples of a task (T5's K). None: no limit.
     cap: PositiveInt | None = None
-    #: task name → weight, for tasks that do not state their own. 1 for the rest.
+    #: task name → weight, in place of the one that the task states itself, which is 1 where nothing is said.
     weights: dict[str, PositiveFloat] = {}
 
 

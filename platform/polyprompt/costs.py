@@ -8,10 +8,10 @@ feed-forward block, else 2. In multiply-adds:
     decoder layer  4·H·A·S + 2·A·S·(S + P) + 2·H·A·S + 2·H·A·T + 2·A·S·T + f·H·F·S
     total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R + Method.row_multiply_adds
 
-A decoder-only model has one sequence of T + S tokens; with grouped-query attention its keys and values have a smaller
-A', heads of keys times head size:
+A decoder-only model has one sequence of X = T + S - 1 tokens, <bos> too where there is one: the last target is not
+read. With grouped-query attention its keys and values have a smaller A', heads of keys times head size:
 
-    layer          (2·H·A + 2·H·A' + f·H·F)·(T + S) + 2·A·(T + S)·(T + S + P)
+    layer          (2·H·A + 2·H·A' + f·H·F)·X + 2·A·X·(X + P)
 
 One multiply-add is two operations. Norms, activations, softmax and embedding look-ups are left out, and so are
 hypernetworks: what they make depends on the task alone, so it is computed once, not for each prediction.
@@ -49,7 +49,8 @@ def _encoder_decoder(model: PromptedModel, inputs: int, targets: int, lengths: M
 def _decoder_only(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:
     """Return the multiply-adds of all layers."""
     config, stack = model.backbone.model.config, model.backbone.dims(1).decoder
-    hidden, tokens = config.hidden_size, inputs + targets
+    # What is reserved beside no target is <bos>.
+    hidden, tokens = config.hidden_size, inputs + targets - 1 + model.backbone.reserved_tokens(0)
     inner, narrow = (n * stack.head_dim for n in (model.backbone.num_query_heads, stack.num_heads))
     if config.model_type == "gpt2":
         feed_forward = 2 * hidden * (config.n_inner or 4 * hidden)

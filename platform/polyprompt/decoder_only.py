@@ -177,7 +177,9 @@ def _input_end(tokenizer: Any, name: str, text: str) -> int:
     """Return the one token that the text adds behind another."""
     before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in ("x", "x" + text))
     added = after[len(before) :]
-    if after[: len(before)] != before or len(added) != 1 or added[0] == tokenizer.unk_token_id:
+    # GPT-2's unknown piece is its end of texts, which may be asked for by its name.
+    unknown = [tokenizer.unk_token_id] if text != tokenizer.unk_token else []
+    if after[: len(before)] != before or len(added) != 1 or added[0] in unknown:
         raise ConfigError(
             f"backbone.input_end={text!r} is not one token of backbone.name={name}: it becomes "
             f"{tokenizer.convert_ids_to_tokens(added)}. Choose a text that is, such as {tokenizer.eos_token!r}"

@@ -34,7 +34,7 @@ class PromptStartConfig(MethodSection):
     #: One text for all prompts, or a list with one for each (tasks in order, or the router's prompts).
     init_text: str | list[str] | None = None
     #: A bundle's folder, or a .safetensors file with one tensor [prompts or 1, length, hidden] or [length, hidden].
-    #: Of a bundle with a prompt for each task each task takes the prompt of its own name.
+    #: Of a bundle with prompts for several tasks each task takes the prompt of its own name.
     init_file: AbsolutePath | None = None
 
     @model_validator(mode="after")

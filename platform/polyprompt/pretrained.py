@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from polyprompt import checkpoint
+from polyprompt.backbone_base import Backbone
 from polyprompt.config import RunConfig, TextConfig, TextTaskConfig
 from polyprompt.data import AnyData, TextData, majority
 from polyprompt.evaluate import evaluate
@@ -29,26 +30,34 @@ def export(config: RunConfig, result: RunResult, folder: Path) -> Path:
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     model.backbone.save(draft)
-    (draft / "README.md").write_text(card(config, result, data, before), encoding="utf-8")
+    (draft / "README.md").write_text(card(config, result, model.backbone, data, before), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(draft, folder)
     return folder
 
 
-def card(config: RunConfig, result: RunResult, data: Sequence[AnyData], before: Scores) -> str:
+def card(config: RunConfig, result: RunResult, backbone: Backbone, data: Sequence[AnyData], before: Scores) -> str:
     """Return the model card (Markdown): what it was trained on and how, its scores and its loss curve."""
-    parts = (_head(config, result), _corpus(config, result, data), _scores(result, data, before), _curve(result))
+    parts = (
+        _head(config, result, backbone),
+        _corpus(config, result, data),
+        _scores(result, data, before),
+        _curve(result),
+    )
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
-def _head(config: RunConfig, result: RunResult) -> Iterator[str]:
+def _head(config: RunConfig, result: RunResult, backbone: Backbone) -> Iterator[str]:
     train = config.train
+    kind, tag = "An encoder-decoder", "text2text-generation"
+    if backbone.dims(1).encoder is None:
+        kind, tag = "A decoder-only model", "text-generation"
     start = "untrained weights in the shape" if config.backbone.init == "random" else "the weights"
-    yield "---\nlibrary_name: transformers\npipeline_tag: text2text-generation\n---\n"
+    yield f"---\nlibrary_name: transformers\npipeline_tag: {tag}\n---\n"
     yield f"# {result.name}\n"
     yield (
-        f"An encoder-decoder of {result.num_backbone_parameters:,} parameters, trained by polyprompt's "
+        f"{kind} of {result.num_backbone_parameters:,} parameters, trained by polyprompt's "
         f"`jobs/pretrain.py` from {start} of `{Path(config.backbone.name).name}`: {result.num_steps:,} steps of "
         f"{train.batch_size} rows, {round(result.tokens_per_second * result.train_seconds / 1e6):,} million input "
         f"tokens, in {train.precision}; {train.optimizer}, learning rate {train.learning_rate:g} "

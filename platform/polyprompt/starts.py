@@ -101,11 +101,13 @@ def _read(config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str
         )
     (given,) = found.values()
     prompts = given[None] if given.ndim == 2 else given
-    if names is not None and tasks is not None:
+    # The prompt of a single task is there for any task to start from.
+    if names is not None and len(names) > 1 and tasks is not None:
         lacking = [task for task in tasks if task not in names]
         if lacking:
             raise ConfigError(
-                f"method.init_file={path} has no prompts of {', '.join(lacking)}; its tasks are {', '.join(names)}"
+                f"method.init_file={path} has no prompts of {', '.join(lacking)}; its tasks are {', '.join(names)}. "
+                "Give a bundle that has them, or one of a single task, whose prompt all of them take"
             )
         prompts = prompts[[names.index(task) for task in tasks]]
     if prompts.ndim != 3 or prompts.shape[1:] != shape[1:] or len(prompts) not in (1, shape[0]):
