@@ -222,6 +222,16 @@ def test_old_store_is_refused_not_migrated(store: Path) -> None:
         assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [("451aebb31d03",)]
 
 
+def test_a_run_that_could_not_be_described_is_not_left_behind(store: Path) -> None:
+    """Whoever tries again makes another one."""
+    opened()
+    with sqlite3.connect(store / "mlflow.db") as connection:
+        connection.execute("CREATE TRIGGER full BEFORE INSERT ON params BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+    with pytest.raises(TrackingError, match="disk full"):
+        opened()
+    assert len(MlflowClient(f"sqlite:///{store / 'mlflow.db'}").search_runs(["1"])) == 1
+
+
 def test_creation_that_was_killed_half_way_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

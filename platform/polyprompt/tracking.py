@@ -256,8 +256,12 @@ def _create(
     from mlflow.tracking.context.registry import resolve_tags
 
     run = client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=resolve_tags(dict(tags)))
-    _log_params(client, run.info.run_id, params)
-    _log_datasets(client, run.info.run_id, datasets)
+    with contextlib.ExitStack() as half_made:
+        # Whoever tries again creates another run, and this one would be shown as running for ever.
+        half_made.callback(client.delete_run, run.info.run_id)
+        _log_params(client, run.info.run_id, params)
+        _log_datasets(client, run.info.run_id, datasets)
+        half_made.pop_all()
     return RunHandle(uri, run.info.run_id, run.info.experiment_id, run.info.start_time)
 
 
