@@ -115,6 +115,9 @@ class TrialActor(tune.Trainable):
         if self.thread.ident is None:
             self.thread.start()
         result = self.results.get()
+        if "done" in result or UNTIL in result:
+            # Its last word. While the thread is still seen alive, cleanup would tell the trial's next start to stop.
+            self.thread.join()
         self.step_seen = max(self.step_seen, result.get(STEP, 0))
         if result.get("passing"):
             raise PassingError(result[CAUSE])
