@@ -134,6 +134,26 @@ def text_run(small_run: dict[str, Any], books: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables made; migrating one takes seconds."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture
+def store(tmp_path: Path, migrated_db: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a store in the default place."""
+    shutil.copy(migrated_db, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(key, raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray on this machine for the whole session."""
     import ray
@@ -149,3 +169,11 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def shipped(ray_cluster: None, request: pytest.FixtureRequest) -> None:
+    """Send what the test's module defines to the workers by value: they have no tests folder."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(request.module)

@@ -168,14 +168,6 @@ def first_hit(configurations: list[Params]) -> int:
     return len(configurations) + 1
 
 
-@pytest.fixture
-def shipped(ray_cluster: None) -> None:
-    """Send the stand-in to the workers by value: they have no tests folder."""
-    import ray.cloudpickle
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("shipped")

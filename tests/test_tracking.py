@@ -33,24 +33,6 @@ from polyprompt.tracking import DataInput, RunHandle, finish, log_artifacts, mas
 PLATFORM = Path(tracking.__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables made; migrating one takes seconds."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture
-def store(tmp_path: Path, migrated_db: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a store in the default place."""
-    shutil.copy(migrated_db, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(key, raising=False)
-    return tmp_path
-
-
 def config(**tables: Any) -> RunConfig:
     return check({"tasks": ["embedded/nli"], "method": {"name": "smop"}, **tables})
 
