@@ -214,6 +214,31 @@ def test_a_run_that_could_not_be_described_is_not_left_behind(store: Path) -> No
     assert len(MlflowClient(f"sqlite:///{store / 'mlflow.db'}").search_runs(["1"])) == 1
 
 
+START = """
+import sys
+from polyprompt.recipe import check
+from polyprompt.tasks.records import GeneratedSource
+from polyprompt.tracking import DataInput, open_run
+
+data = [DataInput("x/y", "train", "aa", 7, GeneratedSource(lambda split: iter(()), "1"), "train")]
+sys.stdin.readline()
+open_run(check({"tasks": ["embedded/nli"]}), name="one of many", tags={}, datasets=data)
+"""
+
+
+@pytest.mark.slow
+def test_runs_that_start_at_once_name_the_same_data(store: Path) -> None:
+    command = [sys.executable, "-c", START]
+    environment = {**os.environ, "PYTHONPATH": str(PLATFORM)}
+    runs = [subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) for _ in range(4)]
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write(b"now\n")
+        run.stdin.flush()
+    assert [run.wait() for run in runs] == [0] * 4
+    assert len(MlflowClient(f"sqlite:///{store / 'mlflow.db'}").search_runs(["1"])) == 4
+
+
 def test_creation_that_was_killed_half_way_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

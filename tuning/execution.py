@@ -275,8 +275,8 @@ def execute(
         TUNE_DISABLE_SIGINT_HANDLER="1",
         RAY_AIR_NEW_OUTPUT="0",
     )
-    # The first warns of a busy machine every few seconds, the second misses files that nobody asked for.
-    for chatter in ("ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
+    # They name files that are deleted at once, warn of a busy machine every few seconds, and miss what nobody asked for.
+    for chatter in ("ray.tune.tune", "ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
     config = search.config
     unfinished = [(t.number, dict(t.params)) for t in known if t.state in ("running", "waiting")]

@@ -129,9 +129,11 @@ def open_run(
     with _store_errors(uri), patience(retries=1, timeout_seconds=5):
         _make_store(uri)
         client = _client(uri)
-        if run_id is None:
-            return _create(client, uri, experiment, name, tags, texts, datasets)
-        return _reopen(client, uri, run_id, tags, texts, datasets)
+        # Two runs that are the first to name a data set at the same moment break MLflow's unique keys.
+        with _alone(_sqlite_file(uri)):
+            if run_id is None:
+                return _create(client, uri, experiment, name, tags, texts, datasets)
+            return _reopen(client, uri, run_id, tags, texts, datasets)
 
 
 def log_artifacts(handle: RunHandle, paths: Path | Iterable[Path], artifact_path: str | None = None) -> bool:
@@ -382,15 +384,29 @@ def _make_store(uri: str) -> None:
     if file is None or _is_made(file):
         return
     file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file), _quiet("mlflow.store.db.utils", "alembic"):
+        if not _is_made(file):
+            aside = file.with_name(f".{file.name}.new")
+            aside.unlink(missing_ok=True)
+            _client(f"sqlite:///{aside}", create=True)
+            os.replace(aside, file)
+
+
+@contextlib.contextmanager
+def _alone(file: Path | None) -> Iterator[None]:
+    """Keep other processes from making anything in a sqlite store meanwhile. None: a server, which sees to that."""
+    if file is None:
+        yield
+        return
+    lock = FileLock(f"{file}.lock")
     try:
-        with FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT_SECONDS), _quiet("mlflow.store.db.utils", "alembic"):
-            if not _is_made(file):
-                aside = file.with_name(f".{file.name}.new")
-                aside.unlink(missing_ok=True)
-                _client(f"sqlite:///{aside}", create=True)
-                os.replace(aside, file)
+        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
     except Timeout:
         raise TrackingError(f"{file}.lock stays locked by another process; end that one") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_made(file: Path) -> bool:
