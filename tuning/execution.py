@@ -275,7 +275,7 @@ def execute(
         TUNE_DISABLE_SIGINT_HANDLER="1",
         RAY_AIR_NEW_OUTPUT="0",
     )
-    # They name files that are deleted at once, warn of a busy machine every few seconds, and miss what nobody asked for.
+    # They name files that are deleted at once, warn of a busy machine, and miss files that nobody asked for.
     for chatter in ("ray.tune.tune", "ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
     config = search.config
