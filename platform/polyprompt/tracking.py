@@ -126,26 +126,39 @@ def open_run(
     }
     if "git_commit" in tags:
         tags["mlflow.source.git.commit"] = tags["git_commit"].removesuffix("-dirty")
+    return create_or_reopen(uri, experiment, run_id, name, tags, texts, datasets)
+
+
+def create_or_reopen(
+    uri: str,
+    experiment: str,
+    run_id: str | None,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, str],
+    datasets: Sequence[DataInput],
+) -> RunHandle:
+    """Create a run as it is described, or open run_id again; see `open_run`."""
     with _store_errors(uri), patience(retries=1, timeout_seconds=5):
         _make_store(uri)
-        client = _client(uri)
+        client = client_of(uri)
         # Two runs that are the first to name a data set at the same moment break MLflow's unique keys.
         with _alone(_sqlite_file(uri)):
             if run_id is None:
-                return _create(client, uri, experiment, name, tags, texts, datasets)
-            return _reopen(client, uri, run_id, tags, texts, datasets)
+                return _create(client, uri, experiment, name, tags, params, datasets)
+            return _reopen(client, uri, run_id, tags, params, datasets)
 
 
 def log_artifacts(handle: RunHandle, paths: Path | Iterable[Path], artifact_path: str | None = None) -> bool:
     """Upload a folder's content, or files, and return whether all arrived. A store that is gone only warns."""
 
     def upload() -> None:
-        client = _client(handle.uri)
+        client = client_of(handle.uri)
         for path in [paths] if isinstance(paths, Path) else paths:
             send = client.log_artifacts if path.is_dir() else client.log_artifact
             send(handle.run_id, str(path), artifact_path)
 
-    return _tolerant(handle, "artifacts", upload, timeout_seconds=30)
+    return tolerant(handle, "artifacts", upload, timeout_seconds=30)
 
 
 def finish(
@@ -161,12 +174,12 @@ def finish(
 
     def end() -> None:
         Points(handle).send(rows)
-        client = _client(handle.uri)
+        client = client_of(handle.uri)
         for key, value in (tags or {}).items():
             client.set_tag(handle.run_id, slug(key), str(value)[:MAX_TAG_CHARACTERS])
         client.set_terminated(handle.run_id, status)
 
-    return _tolerant(handle, f"the status {status}", end, timeout_seconds=10)
+    return tolerant(handle, f"the status {status}", end, timeout_seconds=10)
 
 
 def resend(path: Path, uri: str, run_id: str) -> int:
@@ -214,7 +227,7 @@ class Points:
         """Send at most 1,000 points, but for those whose (metric, step) an earlier life of the run has sent."""
         from mlflow.entities import Metric
 
-        client = _client(self._handle.uri)
+        client = client_of(self._handle.uri)
         if self._known is None:
             # None: the run has points of that metric, and they were not looked at yet.
             self._known = dict.fromkeys(client.get_run(self._handle.run_id).data.metrics)
@@ -235,7 +248,7 @@ def system_monitor(handle: RunHandle) -> Any:
         return SystemMetricsMonitor(handle.run_id, tracking_uri=handle.uri)
 
 
-def _client(uri: str, *, create: bool = False) -> Any:
+def client_of(uri: str, *, create: bool = False) -> Any:
     """Return a client of a store. Raises TrackingError for a sqlite file that is absent and must not be created."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     file = _sqlite_file(uri)
@@ -388,7 +401,7 @@ def _make_store(uri: str) -> None:
         if not _is_made(file):
             aside = file.with_name(f".{file.name}.new")
             aside.unlink(missing_ok=True)
-            _client(f"sqlite:///{aside}", create=True)
+            client_of(f"sqlite:///{aside}", create=True)
             os.replace(aside, file)
 
 
@@ -452,7 +465,7 @@ def _quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _tolerant(handle: RunHandle, what: str, act: Callable[[], None], *, timeout_seconds: int) -> bool:
+def tolerant(handle: RunHandle, what: str, act: Callable[[], None], *, timeout_seconds: int) -> bool:
     try:
         with patience(retries=1, timeout_seconds=timeout_seconds):
             act()
