@@ -21,8 +21,9 @@ class Optim:
     def __init__(self, config: TrainConfig, groups: Mapping[ParameterGroup, list[tuple[str, nn.Parameter]]]) -> None:
         """groups: optimizer group (ParameterGroup) → named parameters. Empty ones are left out.
 
-        Adafactor runs with relative_step and scale_parameter off, as in SMoP's and prompt tuning's published set-ups,
-        so the learning rate means what it says. Weight decay spares biases and layer norms (tensors of one dimension).
+        Adafactor (Shazeer & Stern 2018) takes its learning rate from the config, never from the step. Its
+        scale_parameter (section 8 there) is off as in SMoP's and prompt tuning's published set-ups; T5 was trained
+        with it. Weight decay spares biases and layer norms (tensors of one dimension).
         """
         self.config = config
         self.parameters = [parameter for members in groups.values() for _, parameter in members]
@@ -43,7 +44,9 @@ class Optim:
 
     def _optimizer(self, tables: list[dict[str, Any]]) -> Optimizer:
         if self.config.optimizer == "adafactor":
-            return Adafactor(tables, scale_parameter=False, relative_step=False, warmup_init=False)
+            return Adafactor(
+                tables, scale_parameter=self.config.scale_parameter, relative_step=False, warmup_init=False
+            )
         return AdamW(tables, betas=(self.config.adam_beta1, self.config.adam_beta2), fused=True)
 
     def step(self) -> float:
