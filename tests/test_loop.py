@@ -118,7 +118,7 @@ def test_adafactor_steps_in_proportion_to_the_size_of_a_parameter() -> None:
         return 0.01 - small.mean().item(), 1 - large.mean().item()
 
     small, large = step()
-    assert small == pytest.approx(large) == pytest.approx(1e-2, rel=1e-3)
+    assert (small, large) == (pytest.approx(1e-2, rel=1e-3), pytest.approx(1e-2, rel=1e-3))
     small, large = step(scale_parameter=True)
     assert small == pytest.approx(1e-4, rel=1e-3)
     assert large == pytest.approx(1e-2, rel=1e-3)
