@@ -94,12 +94,13 @@ def lines(results: Results) -> list[list[str]]:
     first = next(iter(results.values()))[0]
     tasks = list(first.eval)
     floors = [first.majority[task] for task in tasks]
-    body = [["", "mean", *(task.rpartition("/")[2] for task in tasks), "trained parameters", "steps", "s/step"]]
-    body.append(["majority", _spread([statistics.fmean(floors)]), *(_spread([floor]) for floor in floors), "", "", ""])
+    body = [["", "mean", *(task.rpartition("/")[2] for task in tasks), "trained parameters", "steps", "s/step", "memory, MiB"]]
+    body.append(["majority", _spread([statistics.fmean(floors)]), *(_spread([floor]) for floor in floors), "", "", "", ""])
     for label, runs in results.items():
         scores = [_spread([run.eval[task]["score"] for run in runs]) for task in tasks]
         seconds = statistics.median(run.train_seconds / run.num_steps for run in runs)
         costs = [f"{runs[0].num_trained_parameters:,}", f"{runs[0].num_steps:,}", f"{seconds:.2f}"]
+        costs.append(f"{max(run.peak_memory_bytes for run in runs) / 2**20:,.0f}")
         body.append([label, _spread([run.mean for run in runs]), *scores, *costs])
     return body
 
