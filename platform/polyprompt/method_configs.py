@@ -212,7 +212,7 @@ class AttemptConfig(TaskPromptConfig):
     name: Literal["attempt"] = "attempt"
     length: NonNegativeInt = 20
     #: Bundles (step_… folders) of prompt_tuning runs on this backbone: each of their prompts is a source. They are read
-    #: whenever the model is built, so they have to stay.
+    #: once, at the start; the run's own bundles keep what was read.
     sources: list[AbsolutePath] = []
     #: Hidden size of the attention's sub-network.
     bottleneck: PositiveInt = 100

@@ -62,7 +62,7 @@ def run(
         return RunResult.read(place.result)
     if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
-    checked = plan(config)
+    checked = plan(config, checkpoint.newest(place.bundles))
     with run_folder.claim(place):
         return _run(config, place, checked, say, stop, tags or {})
 
@@ -79,7 +79,6 @@ def _run(
     run_folder.check_data(place, digests)
     newest = checkpoint.newest_whole(place.bundles)
     if newest is not None:
-        checkpoint.read(newest, backbone=checked.backbone)
         say(f"Run {place.name} goes on from {newest}")
     # Recorded before the tracking store is asked, so that a start which fails there can be repeated.
     run_id = place.record().get("run_id", "")

@@ -166,15 +166,13 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce)
 
 def _start(job: Job, device: torch.device) -> Start:
     """Build everything and put it where the newest whole bundle says."""
-    model, data = build(job.config)
+    bundle = checkpoint.newest(job.bundles)
+    model, data = build(job.config, bundle)
     identity = model.backbone.identity()  # of the weights before any training
     model.to(device)
     optim = Optim(job.config.train, model.named_groups())
-    newest = checkpoint.newest_whole(job.bundles)
-    if newest is None:
+    if bundle is None:
         return model, data, optim, identity, TrainState(), []
-    bundle = checkpoint.read(newest, backbone=identity)
-    model.load_trained_state(dict(bundle.tensors))
     optim.load_state_dict(bundle.optimizer())
     state = TrainState.from_json(bundle.state["train"])
     return model, data, optim, identity, state, bundle.state["pending"]

@@ -21,8 +21,8 @@ class Attempt(Method):
     Source: Asai et al. 2022 (arXiv 2205.11961), section 3.2; temperature H·e, SiLU and bottleneck 100 as there.
     Differs: the max over the input leaves out padding, which the authors' code counts. W_down, W_up and LayerNorm are
     shared by the tasks (the paper's multi-task setting). They start as torch starts them; the paper does not say.
-    Parameters: G·P·H + 2·H·m + 2·H, m = bottleneck. Sources are not trained and not counted. With length 0 this is
-    the plain backbone.
+    Parameters: G·P·H + 2·H·m + 2·H, m = bottleneck. Sources are not trained and not counted, but kept in the bundle.
+    With length 0 this is the plain backbone.
     """
 
     sources_JPH: Tensor
@@ -42,7 +42,7 @@ class Attempt(Method):
         self.temperature = config.temperature or dims.hidden * math.e
         num_prompts = dims.num_tasks if config.per_task else 1
         self.prompt_GPH = nn.Parameter(torch.randn(num_prompts, config.length, dims.hidden) * config.init_std)
-        self.register_buffer("sources_JPH", sources_JPH.detach().float(), persistent=False)
+        self.register_buffer("sources_JPH", sources_JPH.detach().float())
         self.attention = nn.Sequential(
             nn.Linear(dims.hidden, config.bottleneck, bias=False),
             nn.SiLU(),
