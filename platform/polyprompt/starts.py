@@ -1,6 +1,7 @@
 """Input prompts that start from class labels, a text, a file or another bundle's prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from polyprompt import checkpoint
 from polyprompt.backbone import Backbone
+from polyprompt.checkpoint import Bundle
 from polyprompt.config import MethodConfig
 from polyprompt.errors import ConfigError
 from polyprompt.method_configs import PromptStartConfig, TaskPromptConfig
@@ -23,6 +25,7 @@ BUNDLE_PROMPTS = ("method.prompt_GPH", "method.prompts_RPH", "method.prompt_PH")
 def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Sequence[Task | TextTask]) -> None:
     """Set the method's input prompts as `method.init` says, where that takes more than noise or the vocabulary.
 
+    Only at the start of a run: one that goes on has its prompts from its bundle.
     Raises ConfigError naming what does not fit, BundleError for a damaged bundle.
     """
     prompts_GPH = method.input_prompts()
@@ -36,7 +39,7 @@ def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Seque
             _texts(prompts_GPH, backbone, config.init_text)
         case "file":
             own = [task.name for task in tasks] if isinstance(config, TaskPromptConfig) and config.per_task else None
-            prompts_GPH.copy_(_read(config, tuple(prompts_GPH.shape), own))
+            prompts_GPH.copy_(_read(config, tuple(prompts_GPH.shape), own, backbone.identity()))
 
 
 def _labels(prompts_GPH: Tensor, backbone: Backbone, tasks: Sequence[Task | TextTask]) -> None:
@@ -77,14 +80,18 @@ def _embed(backbone: Backbone, text: str) -> Tensor:
     return backbone.model.get_input_embeddings().weight[torch.tensor(pieces)]
 
 
-def _read(config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str] | None) -> Tensor:
-    """Return prompts of the shape. tasks: whose prompts these are, in order, where each has its own."""
+def _read(
+    config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str] | None, backbone: Mapping[str, Any]
+) -> Tensor:
+    """Return prompts of the shape. tasks: whose prompts these are, in order, where each has its own. backbone: its
+    identity; a bundle must be of it, of a plain file nothing is known but the width."""
     path = config.init_file
     assert path is not None
     if not path.exists():
         raise ConfigError(f"method.init_file={path} does not exist; give a bundle's folder or a .safetensors file")
     if path.is_dir():
         bundle = checkpoint.read(path)
+        _check_backbone(bundle, backbone)
         found = {name: tensor for name, tensor in bundle.tensors.items() if name in BUNDLE_PROMPTS}
         theirs = bundle.config.method
         per_task = isinstance(theirs, TaskPromptConfig) and theirs.per_task
@@ -116,3 +123,19 @@ def _read(config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str
             "set method.length and the number of prompts to fit, and use the backbone they were trained with"
         )
     return prompts.expand(shape)
+
+
+def _check_backbone(bundle: Bundle, backbone: Mapping[str, Any]) -> None:
+    """Prompts are directions in the space of one backbone: in another's they are noise, whatever their width."""
+    theirs = bundle.backbone
+    if theirs["sha256"] != backbone["sha256"]:
+        raise ConfigError(
+            f"method.init_file={bundle.folder} was trained on backbone {theirs['name']!r} (sha256 "
+            f"{theirs['sha256'][:12]}), not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set "
+            "backbone.name to the former, or name a bundle of the latter"
+        )
+    if bundle.config.train_backbone:
+        raise ConfigError(
+            f"method.init_file={bundle.folder} was trained together with its backbone, so its prompts do not fit the "
+            "backbone as it was; expected backbone.trainable=false there. Name a bundle of prompts trained alone"
+        )
