@@ -268,6 +268,11 @@ def test_parameter_count_equals_the_formula(name: str) -> None:
 
 
 @every_method
+def test_its_section_states_its_groups(name: str) -> None:
+    assert tiny.model(CONFIGS[name], train=False).named_groups().keys() <= CONFIGS[name].groups
+
+
+@every_method
 def test_seed_decides_the_start_and_the_global_stream_is_untouched(name: str) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

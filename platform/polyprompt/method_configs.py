@@ -1,6 +1,6 @@
 """The config sections of the methods: a part of config.py."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -13,12 +13,16 @@ ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedd
 class MethodSection(Section):
     """What is common to all methods."""
 
+    #: The groups that its own parameters may come in. Not stated: any.
+    groups: ClassVar[frozenset[ParameterGroup]] = frozenset(get_args(ParameterGroup))
+
     name: str
 
 
 class FullConfig(MethodSection):
     """Plain multi-task fine-tuning: no prompts, every backbone weight trained."""
 
+    groups = frozenset()
     name: Literal["full"] = "full"
 
 
@@ -58,6 +62,7 @@ class TaskPromptConfig(PromptStartConfig):
 class PromptTuningConfig(TaskPromptConfig):
     """Soft prompts before the input (Lester et al. 2021)."""
 
+    groups = frozenset({"prompt"})
     name: Literal["prompt_tuning"] = "prompt_tuning"
     length: NonNegativeInt = 20
 
@@ -103,6 +108,7 @@ class RoutingConfig(MethodSection):
 class SMoPConfig(RoutingConfig, PromptStartConfig):
     """Sparse mixture of prompts (Choi et al. 2023): k short prompts and a router."""
 
+    groups = frozenset({"prompt", "router"})
     name: Literal["smop"] = "smop"
     length: NonNegativeInt = 5
     #: probability: the paper. batch_sum: what the authors' code does at top-1; rows then depend on their batch-mates.
@@ -146,6 +152,7 @@ class HypernetworkConfig(KeyValueConfig):
 class HyperPromptConfig(HypernetworkConfig):
     """Prompts for every self-attention layer, made by hypernetworks (He et al. 2022)."""
 
+    groups = frozenset({"prompt", "hypernetwork"})
     name: Literal["hyperprompt"] = "hyperprompt"
     variant: Literal["share", "sep", "global"] = "global"
 
@@ -153,6 +160,7 @@ class HyperPromptConfig(HypernetworkConfig):
 class RoutedHyperPromptConfig(HypernetworkConfig, RoutingConfig):
     """A router picks a global prompt for each row, hypernetworks make keys and values of it (ours)."""
 
+    groups = frozenset({"prompt", "hypernetwork", "router"})
     name: Literal["routed_hyperprompt"] = "routed_hyperprompt"
     variant: Literal["share", "global"] = "global"
     #: Do the hypernetworks know the task? None: with variant=global, which alone has a task embedding.
@@ -175,6 +183,7 @@ class RoutedHyperPromptConfig(HypernetworkConfig, RoutingConfig):
 class PrefixTuningConfig(KeyValueConfig):
     """Trained keys and values for every self-attention layer (Li & Liang 2021; P-tuning v2, Liu et al. 2022)."""
 
+    groups = frozenset({"prompt", "hypernetwork"})
     name: Literal["prefix_tuning"] = "prefix_tuning"
     per_task: bool = True
     #: mlp: prefixes are made by a two-layer MLP from vectors of the hidden size; none: they are trained as they are.
@@ -187,6 +196,7 @@ class PrefixTuningConfig(KeyValueConfig):
 class PTuningConfig(MethodSection):
     """Soft prompts before the input, made by a prompt encoder (Liu et al. 2021)."""
 
+    groups = frozenset({"prompt", "hypernetwork"})
     name: Literal["p_tuning"] = "p_tuning"
     length: NonNegativeInt = 20
     per_task: bool = True
@@ -199,6 +209,7 @@ class PTuningConfig(MethodSection):
 class DePTConfig(TaskPromptConfig):
     """A short soft prompt and a low-rank update of the input embeddings (Shi & Lipani 2024)."""
 
+    groups = frozenset({"prompt", "embedding"})
     name: Literal["dept"] = "dept"
     length: NonNegativeInt = 60
     rank: NonNegativeInt = 30
@@ -209,6 +220,7 @@ class DePTConfig(TaskPromptConfig):
 class AttemptConfig(TaskPromptConfig):
     """Attention over frozen source prompts and a trained target prompt (Asai et al. 2022)."""
 
+    groups = frozenset({"prompt", "router"})
     name: Literal["attempt"] = "attempt"
     length: NonNegativeInt = 20
     #: Bundles (step_… folders) of prompt_tuning runs on this backbone: each of their prompts is a source. They are read
@@ -229,6 +241,7 @@ class AttemptConfig(TaskPromptConfig):
 class MPTConfig(PromptStartConfig):
     """A shared soft prompt times a rank-one matrix for each task (Wang et al. 2023)."""
 
+    groups = frozenset({"prompt", "task"})
     name: Literal["mpt"] = "mpt"
     length: NonNegativeInt = 20
     #: Standard deviation around 1 of the tasks' vectors at the start.

@@ -69,8 +69,19 @@ def build(config: RunConfig, bundle: Bundle | None = None) -> tuple[PromptedMode
             f"nothing is trained: method.name={config.method.name} has no parameters at this length and the backbone "
             "is frozen. Raise the prompt's length, or set backbone.trainable=true"
         )
+    _check_groups(config, model)
     data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=limit)
     return model, data
+
+
+def _check_groups(config: RunConfig, model: PromptedModel) -> None:
+    groups = model.named_groups()
+    for stranger in config.train.group_learning_rates.keys() - groups.keys():
+        raise ConfigError(
+            f"train.group_learning_rates: {stranger} is no group of what method.name={config.method.name} trains here; "
+            f"its groups are {', '.join(groups)}. Drop {stranger}"
+            + (", or set backbone.trainable=true" if stranger == "backbone" else "")
+        )
 
 
 def plan(config: RunConfig, bundle: Bundle | None = None) -> Plan:
