@@ -59,12 +59,14 @@ CONFIGS: dict[str, MethodConfig] = {
     "hyperprompt share": HyperPromptConfig(variant="share", **HYPER),
     "hyperprompt sep": HyperPromptConfig(variant="sep", **HYPER),
     "hyperprompt global": HyperPromptConfig(variant="global", **HYPER),
-    "hyperprompt encoder": HyperPromptConfig(variant="global", stacks="encoder", **HYPER),
-    "hyperprompt decoder": HyperPromptConfig(variant="share", stacks="decoder", **HYPER),
+    "hyperprompt encoder": HyperPromptConfig(variant="global", stacks="encoder", **HYPER | {"decoder_length": 0}),
+    "hyperprompt decoder": HyperPromptConfig(variant="share", stacks="decoder", **HYPER | {"encoder_length": 0}),
     "routed_hyperprompt": RoutedHyperPromptConfig(**HYPER),
     "routed_hyperprompt no task": RoutedHyperPromptConfig(task_embedding=False, routing="none", **HYPER),
     "routed_hyperprompt per task": RoutedHyperPromptConfig(variant="share", router="per_task", **HYPER),
-    "routed_hyperprompt gumbel": RoutedHyperPromptConfig(routing="gumbel", stacks="decoder", **HYPER),
+    "routed_hyperprompt gumbel": RoutedHyperPromptConfig(
+        routing="gumbel", stacks="decoder", **HYPER | {"encoder_length": 0}
+    ),
     "prefix_tuning": PrefixTuningConfig(encoder_length=3, decoder_length=2),
     "prefix_tuning mlp": PrefixTuningConfig(
         encoder_length=3, decoder_length=2, reparameterisation="mlp", mlp_hidden_size=7
@@ -430,6 +432,32 @@ def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, 
     assert field in message
     assert value in message
     assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"name": "prompt_tuning", "init_std": 0.1}, r"init_std=0.1 .* drop it .*, or set method.init=normal"),
+        ({"name": "smop", "init": "zero", "init_std": 2.0}, r"init_std=2.0 .* or set method.init=normal"),
+        ({"name": "smop", "gumbel_temperature": 0.5}, "gumbel_temperature=0.5 .* or set method.routing=gumbel"),
+        ({"name": "hyperprompt", "stacks": "decoder", "encoder_length": 4}, "encoder_length=4 .* method.stacks=both"),
+        ({"name": "prefix_tuning", "stacks": "encoder", "decoder_length": 4}, "decoder_length=4 .* method.stacks=both"),
+        ({"name": "prefix_tuning", "mlp_hidden_size": 7}, "mlp_hidden_size=7 .* or set method.reparameterisation=mlp"),
+        ({"name": "p_tuning", "lstm_layers": 2}, "lstm_layers=2 .* or set method.encoder=lstm"),
+        ({"name": "dept", "rank": 0, "max_positions": 7}, "max_positions=7 .* or set method.rank above 0"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(table: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.{message}"):
+        check({"method": table, "tasks": ["a/b"]})
+    # Dropped, the default stands in its place, also in a resolved config that is read again.
+    kept = check({"method": {k: table[k] for k in ("name", "init", "stacks", "rank") if k in table}, "tasks": ["a/b"]})
+    assert check(kept.model_dump(mode="json")) == kept
+
+
+def test_a_stack_left_out_may_have_length_0() -> None:
+    for name in ("hyperprompt", "prefix_tuning"):
+        check({"method": {"name": name, "stacks": "decoder", "encoder_length": 0}, "tasks": ["a/b"]})
 
 
 def test_encoder_prompts_need_an_encoder() -> None:

@@ -18,6 +18,15 @@ class MethodSection(Section):
 
     name: str
 
+    def _needs(self, key: str, met: bool, condition: str) -> None:
+        """Refuse a value that would do nothing. The default passes: a resolved config states every key."""
+        value, default = getattr(self, key), type(self).model_fields[key].default
+        if not met and value != default:
+            raise ValueError(
+                f"method.{key}={value} does nothing without {condition}; drop it (which leaves {default}), or set "
+                f"{condition}"
+            )
+
 
 class FullConfig(MethodSection):
     """Plain multi-task fine-tuning: no prompts, every backbone weight trained."""
@@ -35,6 +44,8 @@ class PromptStartConfig(MethodSection):
     """
 
     init: str
+    #: Of init=normal.
+    init_std: PositiveFloat
     #: One text for all prompts, or a list with one for each (tasks in order, or the router's prompts).
     init_text: str | list[str] | None = None
     #: A bundle's folder, or a .safetensors file with one tensor [prompts or 1, length, hidden] or [length, hidden].
@@ -48,6 +59,7 @@ class PromptStartConfig(MethodSection):
                 raise ValueError(f"method.init={init} needs method.{key}")
             if self.init != init and value is not None:
                 raise ValueError(f"method.{key} needs method.init={init}, not {self.init}; set it or drop method.{key}")
+        self._needs("init_std", self.init == "normal", "method.init=normal")
         return self
 
 
@@ -93,6 +105,7 @@ class RoutingConfig(MethodSection):
                 f"method.top_k={self.top_k} belongs to method.routing=top_k, not {self.routing}; "
                 "set method.top_k=1 or method.routing=top_k"
             )
+        self._needs("gumbel_temperature", self.routing == "gumbel", "method.routing=gumbel")
         return self
 
     @property
@@ -134,6 +147,12 @@ class KeyValueConfig(MethodSection):
     stacks: Literal["both", "encoder", "decoder"] = "both"
     encoder_length: NonNegativeInt = 16
     decoder_length: NonNegativeInt = 6
+
+    @model_validator(mode="after")
+    def _lengths_have_stacks(self) -> Self:
+        for stack, length in (("encoder", self.encoder_length), ("decoder", self.decoder_length)):
+            self._needs(f"{stack}_length", self.stacks in ("both", stack) or length == 0, "method.stacks=both")
+        return self
 
 
 class HypernetworkConfig(KeyValueConfig):
@@ -192,6 +211,11 @@ class PrefixTuningConfig(KeyValueConfig):
     #: Standard deviation of the keys and values at the start.
     init_std: PositiveFloat = 0.1
 
+    @model_validator(mode="after")
+    def _mlp_is_there(self) -> "PrefixTuningConfig":
+        self._needs("mlp_hidden_size", self.reparameterisation == "mlp", "method.reparameterisation=mlp")
+        return self
+
 
 class PTuningConfig(MethodSection):
     """Soft prompts before the input, made by a prompt encoder (Liu et al. 2021)."""
@@ -205,6 +229,11 @@ class PTuningConfig(MethodSection):
     #: Layers of the LSTM (lstm only).
     lstm_layers: PositiveInt = 1
 
+    @model_validator(mode="after")
+    def _lstm_is_there(self) -> "PTuningConfig":
+        self._needs("lstm_layers", self.encoder == "lstm", "method.encoder=lstm")
+        return self
+
 
 class DePTConfig(TaskPromptConfig):
     """A short soft prompt and a low-rank update of the input embeddings (Shi & Lipani 2024)."""
@@ -215,6 +244,11 @@ class DePTConfig(TaskPromptConfig):
     rank: NonNegativeInt = 30
     #: Tokens of an input whose embeddings are updated, from its first on.
     max_positions: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _update_is_there(self) -> "DePTConfig":
+        self._needs("max_positions", self.rank > 0, "method.rank above 0")
+        return self
 
 
 class AttemptConfig(TaskPromptConfig):
