@@ -66,6 +66,7 @@ class PromptStartConfig(MethodSection):
 class TaskPromptConfig(PromptStartConfig):
     """Trained vectors before the input: a prompt for each task, or one for all."""
 
+    length: NonNegativeInt
     per_task: bool = True
     init: Literal["vocabulary", "labels", "text", "file", "zero", "normal"] = "vocabulary"
     init_std: PositiveFloat = 0.5

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from polyprompt.config import AttemptConfig
 from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
-from polyprompt.methods.prompt_tuning import start_prompts
+from polyprompt.methods.prompt_tuning import draw_prompts, start_prompts
 
 
 class Attempt(Method):
@@ -34,14 +34,12 @@ class Attempt(Method):
         self.seed = seed
         self.input_length = config.length
         self.task_aware = config.per_task and config.length > 0
-        self.prompt_GPH: nn.Parameter | None = None
+        self.prompt_GPH = draw_prompts(config, dims)
         if not config.length:
             return
         assert sources_JPH is not None, "source_prompts.read gives them"
         assert sources_JPH.shape[1:] == (config.length, dims.hidden)
         self.temperature = config.temperature or dims.hidden * math.e
-        num_prompts = dims.num_tasks if config.per_task else 1
-        self.prompt_GPH = nn.Parameter(torch.randn(num_prompts, config.length, dims.hidden) * config.init_std)
         self.register_buffer("sources_JPH", sources_JPH.detach().float())
         self.attention = nn.Sequential(
             nn.Linear(dims.hidden, config.bottleneck, bias=False),
