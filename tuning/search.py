@@ -9,7 +9,6 @@ best.yaml and the runs of all trials. Killed at any moment, it goes on with --re
 import argparse
 import io
 import json
-import os
 import signal
 import sys
 import threading
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from polyprompt import run_folder
 from polyprompt.errors import ConfigError, PolypromptError
+from polyprompt.result import write_whole
 from tuning import spaces
 from tuning.spaces import Search
 from tuning.study import FILE, Study, Trial
@@ -158,9 +158,7 @@ def _search(
     score = search.score or search.objectives[0]
     trials = Trials(folder / TRIALS, search.name, search.base, config.seeds, score.metric)
     known = _known(trials)
-    draft = folder / f".{IDENTITY}.tmp"
-    draft.write_text(json.dumps(_identity(search), indent=1))
-    os.replace(draft, folder / IDENTITY)
+    write_whole(folder / IDENTITY, json.dumps(_identity(search), indent=1).encode())
     with ray_train.cluster(0, [Path(__file__).resolve().parent]), _interruptible() as ending:
         room = capacity(compute, execution.machines(), config.max_concurrent_trials)
         console.print(f"{search.name}: {room.text}", highlight=False, soft_wrap=True)

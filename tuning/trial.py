@@ -31,7 +31,7 @@ from polyprompt.errors import (
     TrackingError,
     TrainingError,
 )
-from polyprompt.result import RunResult
+from polyprompt.result import RunResult, write_whole
 from polyprompt.trackers import UNSENT_FILE
 from polyprompt.tracking import RunHandle
 from tuning.spaces import Params, configure
@@ -110,12 +110,10 @@ class Trials:
 
     def _record(self, number: int, params: Params, changes: Sequence[Change]) -> None:
         table = {"number": number, "params": params, "changes": [vars(change) for change in changes]}
-        _write(self.of(number) / "trial.json", table)
+        write_whole(self.of(number) / "trial.json", json.dumps(table).encode())
 
     def tell_to_stop(self, number: int) -> None:
-        draft = self.of(number) / ".stop.tmp"
-        draft.touch()
-        os.replace(draft, self.stop_file(number))
+        write_whole(self.stop_file(number), b"")
 
     def pause_at(self, number: int, bundle: Path | None) -> None:
         """Let the trial's run end once this bundle is there, unless it was told to stop. None: run to the end."""
@@ -151,7 +149,7 @@ class Trials:
         return change
 
     def end(self, number: int, ended: Ended) -> None:
-        _write(self.of(number) / "ended.json", vars(ended))
+        write_whole(self.of(number) / "ended.json", json.dumps(vars(ended)).encode())
 
     def ended(self, number: int) -> Ended | None:
         file = self.of(number) / "ended.json"
@@ -373,9 +371,3 @@ def failure(error: BaseException) -> Ended:
         case TrainingError():
             return Ended("failed", f"workers lost: {first}", passing=True)
     return Ended("failed", f"{type(error).__name__}: {last}")
-
-
-def _write(file: Path, table: Mapping[str, Any]) -> None:
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(json.dumps(table))
-    os.replace(draft, file)

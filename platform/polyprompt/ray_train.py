@@ -31,7 +31,7 @@ from polyprompt import checkpoint, report, run_folder, tracking
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
-from polyprompt.result import RunResult
+from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
 from polyprompt.worker import LOG, PROGRESS, Job, Outcome, train
@@ -184,7 +184,7 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
     first = ray.train.get_context().get_world_rank() == 0
     job, group = settings["job"], ray.util.get_current_placement_group()
     if first and group is not None:
-        (job.folder / PLACEMENT).write_text(group.id.hex())
+        write_whole(job.folder / PLACEMENT, group.id.hex().encode())
 
     def announce(metrics: Mapping[str, float], bundle: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,6 @@ The same code runs in-process and as a Ray Train worker; `announce` is how it te
 
 import json
 import logging
-import os
 import resource
 import sys
 import time
@@ -27,6 +26,7 @@ from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.plan import build
+from polyprompt.result import write_whole
 from polyprompt.run_folder import BUNDLES
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Tracker, Trackers
 from polyprompt.tracking import RunHandle
@@ -78,9 +78,8 @@ class RunReporter:
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         if self.workers.first:
-            draft = self.job.folder / f".{PROGRESS}.tmp"
-            draft.write_text(json.dumps({"step": step, "loss": loss, "examples_per_second": examples_per_second}))
-            os.replace(draft, self.job.folder / PROGRESS)
+            seen = {"step": step, "loss": loss, "examples_per_second": examples_per_second}
+            write_whole(self.job.folder / PROGRESS, json.dumps(seen).encode())
         self._obey()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
