@@ -1038,6 +1038,22 @@ def test_mpt_has_two_learning_rates() -> None:
     assert names == {"prompt": {"method.prompt_PH"}, "task": {"method.tokens_KP", "method.features_KH"}}
 
 
+def test_weight_decay_leaves_mpts_tasks_near_the_shared_prompt() -> None:
+    """Two steps of decay alone: P* shrinks, u and v stay at 1."""
+    model = tiny.model(CONFIGS["mpt"], train=False)
+    own = {name: p for members in model.named_groups().values() for name, p in members}
+    before = {name: p.detach().clone() for name, p in own.items()}
+    optim = Optim(TrainConfig(learning_rate=0.1, weight_decay=0.5), model.named_groups(), model.undecayed())
+    assert model.undecayed() <= own.keys()
+    for _ in range(2):
+        for parameter in own.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optim.step()
+    torch.testing.assert_close(own["method.prompt_PH"].detach(), before["method.prompt_PH"] * 0.95**2)
+    for name in model.undecayed():
+        assert torch.equal(own[name].detach(), before[name])
+
+
 def test_mpt_counts_on_t5_base() -> None:
     """100 vectors: 76,800 shared and 868 for each task."""
     stack = StackDims(12, 12, 64)

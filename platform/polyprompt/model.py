@@ -114,6 +114,10 @@ class PromptedModel(nn.Module):
             groups.setdefault(group, []).append((name, parameter))
         return groups
 
+    def undecayed(self) -> set[str]:
+        """Return the names of the parameters that weight decay spares beside those of one dimension."""
+        return {f"method.{name}" for name in self.method.undecayed}
+
     def num_parameters(self) -> Counts:
         return Counts(
             trained=sum(p.numel() for p in self._trained().values()),

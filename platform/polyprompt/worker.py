@@ -169,7 +169,7 @@ def _start(job: Job, device: torch.device) -> Start:
     model, data = build(job.config, bundle)
     identity = model.backbone.identity()  # of the weights before any training
     model.to(device)
-    optim = Optim(job.config.train, model.named_groups())
+    optim = Optim(job.config.train, model.named_groups(), model.undecayed())
     if bundle is None:
         return model, data, optim, identity, TrainState(), []
     optim.load_state_dict(bundle.optimizer())

@@ -79,6 +79,9 @@ class Method(nn.Module, ABC):
     input_length: int = 0
     #: Prompt tokens of each stack whose self-attention gets keys and values.
     stack_lengths: Mapping[Stack, int] = MappingProxyType({})
+    #: Parameters, by name, that weight decay spares although they have more than one dimension: factors that mean
+    #: "leave it as it is" at 1, not at 0.
+    undecayed: frozenset[str] = frozenset()
     #: Multiply-adds that the method spends on each row, beside a router's; what the task alone decides costs none.
     row_multiply_adds: int = 0
 
