@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from polyprompt.errors import ConfigError
+from polyprompt.errors import BundleError, ConfigError
 from polyprompt.plan import build
 from polyprompt.recipe import check
 from polyprompt.worker import Job, train
@@ -167,11 +167,11 @@ def test_prompts_of_another_backbone_are_refused(small_run: Table, tmp_path: Pat
     assert torch.equal(started(small_run, init="file", init_file=str(bundle))[0], build_state(bundle))
     # As wide, of the same shape, but with other weights.
     other = {**small_run, "backbone": {**small_run["backbone"], "init": "random"}}
-    with pytest.raises(ConfigError, match=r"method.init_file=.* was trained on backbone .*; set backbone.name"):
+    with pytest.raises(BundleError, match=r"was trained on backbone .*; set backbone.name .* name another bundle"):
         started(other, init="file", init_file=str(bundle))
     together = {**small_run, "backbone": {**small_run["backbone"], "trainable": True}}
     moved = tuned(together, tmp_path / "moved")
-    with pytest.raises(ConfigError, match=r"method.init_file=.* was trained together with its backbone"):
+    with pytest.raises(ConfigError, match=r"method.init_file: .* was trained together with its backbone"):
         started(together, init="file", init_file=str(moved))
 
 

@@ -130,6 +130,19 @@ def newest(root: Path) -> Bundle | None:
     return None if folder is None else read(folder)
 
 
+def check_prompts(bundle: Bundle, backbone: Mapping[str, Any], key: str) -> None:
+    """Refuse another run's prompts for a backbone that they were not trained on: in its space they would be noise.
+
+    key: of the config, which names the bundle. backbone: its identity, as it was loaded. Raises BundleError, ConfigError.
+    """
+    check_backbone(bundle, backbone)
+    if bundle.config.train_backbone:
+        raise ConfigError(
+            f"{key}: {bundle.folder} was trained together with its backbone, so its prompts do not fit the backbone as "
+            "it was; expected backbone.trainable=false there. Name a bundle of prompts that were trained alone"
+        )
+
+
 def check_backbone(bundle: Bundle, backbone: Mapping[str, Any]) -> None:
     """Raise BundleError unless the bundle was trained on the backbone of this identity."""
     trained_on = bundle.backbone
@@ -137,7 +150,7 @@ def check_backbone(bundle: Bundle, backbone: Mapping[str, Any]) -> None:
         raise BundleError(
             f"bundle {bundle.folder} was trained on backbone {trained_on['name']!r} (sha256 "
             f"{trained_on['sha256'][:12]}), not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set "
-            "backbone.name to the former, or start a new run under another name"
+            "backbone.name to the former, name another bundle, or start a new run under another name"
         )
 
 

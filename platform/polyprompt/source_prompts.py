@@ -39,18 +39,14 @@ def read(config: MethodConfig, backbone: Mapping[str, Any], begun: Bundle | None
                 f"method.sources: {folder} is no bundle; expected a step_… folder of a prompt_tuning run, such as "
                 "runs/NAME/bundles/step_00001200"
             )
-        bundle = checkpoint.read(folder, backbone=backbone)
+        bundle = checkpoint.read(folder)
         method = bundle.config.method
         if not isinstance(method, PromptTuningConfig):
             raise ConfigError(
                 f"method.sources: {folder} is a bundle of method.name={method.name}; expected prompt_tuning. Name a "
                 "step_… folder of a prompt_tuning run"
             )
-        if bundle.config.train_backbone:
-            raise ConfigError(
-                f"method.sources: {folder} was trained together with its backbone, so its prompts do not fit the "
-                "backbone as it was; expected backbone.trainable=false there. Train the source prompts alone"
-            )
+        checkpoint.check_prompts(bundle, backbone, "method.sources")
         if method.length != config.length:
             raise ConfigError(
                 f"method.sources: {folder} has prompts of length {method.length}, expected method.length="

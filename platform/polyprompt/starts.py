@@ -10,7 +10,6 @@ from torch import Tensor
 
 from polyprompt import checkpoint
 from polyprompt.backbone import Backbone
-from polyprompt.checkpoint import Bundle
 from polyprompt.config import MethodConfig
 from polyprompt.errors import ConfigError
 from polyprompt.method_configs import PromptStartConfig, TaskPromptConfig
@@ -26,7 +25,7 @@ def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Seque
     """Set the method's input prompts as `method.init` says, where that takes more than noise or the vocabulary.
 
     Only at the start of a run: one that goes on has its prompts from its bundle.
-    Raises ConfigError naming what does not fit, BundleError for a damaged bundle.
+    Raises ConfigError naming what does not fit, BundleError for a bundle that is damaged or of another backbone.
     """
     prompts_GPH = method.input_prompts()
     if prompts_GPH is None or not isinstance(config, PromptStartConfig):
@@ -91,7 +90,7 @@ def _read(
         raise ConfigError(f"method.init_file={path} does not exist; give a bundle's folder or a .safetensors file")
     if path.is_dir():
         bundle = checkpoint.read(path)
-        _check_backbone(bundle, backbone)
+        checkpoint.check_prompts(bundle, backbone, "method.init_file")
         found = {name: tensor for name, tensor in bundle.tensors.items() if name in BUNDLE_PROMPTS}
         theirs = bundle.config.method
         per_task = isinstance(theirs, TaskPromptConfig) and theirs.per_task
@@ -123,19 +122,3 @@ def _read(
             "set method.length and the number of prompts to fit, and use the backbone they were trained with"
         )
     return prompts.expand(shape)
-
-
-def _check_backbone(bundle: Bundle, backbone: Mapping[str, Any]) -> None:
-    """Prompts are directions in the space of one backbone: in another's they are noise, whatever their width."""
-    theirs = bundle.backbone
-    if theirs["sha256"] != backbone["sha256"]:
-        raise ConfigError(
-            f"method.init_file={bundle.folder} was trained on backbone {theirs['name']!r} (sha256 "
-            f"{theirs['sha256'][:12]}), not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set "
-            "backbone.name to the former, or name a bundle of the latter"
-        )
-    if bundle.config.train_backbone:
-        raise ConfigError(
-            f"method.init_file={bundle.folder} was trained together with its backbone, so its prompts do not fit the "
-            "backbone as it was; expected backbone.trainable=false there. Name a bundle of prompts trained alone"
-        )

@@ -6,7 +6,6 @@ Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L la
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor, nn
@@ -78,7 +77,7 @@ class Method(nn.Module, ABC):
     #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
     input_length: int = 0
     #: Prompt tokens of each stack whose self-attention gets keys and values.
-    stack_lengths: Mapping[Stack, int] = MappingProxyType({})
+    stack_lengths: Mapping[Stack, int] = {}
     #: Parameters, by name, that weight decay spares although they have more than one dimension: factors that mean
     #: "leave it as it is" at 1, not at 0.
     undecayed: frozenset[str] = frozenset()
