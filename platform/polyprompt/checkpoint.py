@@ -133,7 +133,8 @@ def newest(root: Path) -> Bundle | None:
 def check_prompts(bundle: Bundle, backbone: Mapping[str, Any], key: str) -> None:
     """Refuse another run's prompts for a backbone that they were not trained on: in its space they would be noise.
 
-    key: of the config, which names the bundle. backbone: its identity, as it was loaded. Raises BundleError, ConfigError.
+    key: of the config, which names the bundle. backbone: its identity as it was loaded. Raises BundleError or
+    ConfigError.
     """
     check_backbone(bundle, backbone)
     if bundle.config.train_backbone:
