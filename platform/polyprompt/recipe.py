@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, TaskConfig, TextTaskConfig, long_form
+from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, long_form
 from polyprompt.errors import ConfigError, hint
+from polyprompt.task_configs import TaskConfig, TextTaskConfig
 
 
 def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
