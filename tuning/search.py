@@ -186,7 +186,7 @@ def _search(
 
 def _training(search: Search, trials: "Trials", parent: "RunHandle | None") -> "Stoppable":
     from polyprompt import tracking
-    from tuning.trial import TrainTrial
+    from tuning.work import TrainTrial
 
     experiment = tracking.resolve_experiment(search.run.tracking)
     return TrainTrial(trials, parent, experiment, changing=search.perturbation_steps is not None)
