@@ -40,6 +40,15 @@ def test_another_method_starts_a_fresh_table(tmp_path: Path) -> None:
     assert load([path], ["method.encoder_length=3"]).method.model_dump()["reduction"] == 8
 
 
+def test_another_method_keeps_the_rates_of_the_groups_that_it_has(tmp_path: Path) -> None:
+    rates = {"prompt": 0.3, "hypernetwork": 0.2, "backbone": 0.1}
+    path = recipe(tmp_path, method="hyperprompt", train={"max_steps": 3, "group_learning_rates": rates})
+    assert load([path], ["method.reduction=8"]).train.group_learning_rates == rates
+    changed = load([path], ["method=smop", "train.group_learning_rates.router=0.4"]).train
+    assert changed.group_learning_rates == {"prompt": 0.3, "backbone": 0.1, "router": 0.4}
+    assert changed.max_steps == 3
+
+
 def test_the_short_form_of_an_override_goes_with_its_keys(tmp_path: Path) -> None:
     path = recipe(tmp_path, method={"name": "hyperprompt", "reduction": 8})
     method = load([path], ["method=smop", "method.length=3"]).method.model_dump()

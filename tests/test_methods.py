@@ -59,12 +59,14 @@ CONFIGS: dict[str, MethodConfig] = {
     "hyperprompt share": HyperPromptConfig(variant="share", **HYPER),
     "hyperprompt sep": HyperPromptConfig(variant="sep", **HYPER),
     "hyperprompt global": HyperPromptConfig(variant="global", **HYPER),
-    "hyperprompt encoder": HyperPromptConfig(variant="global", stacks="encoder", **HYPER),
-    "hyperprompt decoder": HyperPromptConfig(variant="share", stacks="decoder", **HYPER),
+    "hyperprompt encoder": HyperPromptConfig(variant="global", stacks="encoder", **HYPER | {"decoder_length": 0}),
+    "hyperprompt decoder": HyperPromptConfig(variant="share", stacks="decoder", **HYPER | {"encoder_length": 0}),
     "routed_hyperprompt": RoutedHyperPromptConfig(**HYPER),
     "routed_hyperprompt no task": RoutedHyperPromptConfig(task_embedding=False, routing="none", **HYPER),
     "routed_hyperprompt per task": RoutedHyperPromptConfig(variant="share", router="per_task", **HYPER),
-    "routed_hyperprompt gumbel": RoutedHyperPromptConfig(routing="gumbel", stacks="decoder", **HYPER),
+    "routed_hyperprompt gumbel": RoutedHyperPromptConfig(
+        routing="gumbel", stacks="decoder", **HYPER | {"encoder_length": 0}
+    ),
     "prefix_tuning": PrefixTuningConfig(encoder_length=3, decoder_length=2),
     "prefix_tuning mlp": PrefixTuningConfig(
         encoder_length=3, decoder_length=2, reparameterisation="mlp", mlp_hidden_size=7
@@ -249,8 +251,9 @@ def test_one_step_moves_declared_parameters_only(name: str, train: bool) -> None
     own = [p for group in model.named_groups().values() for _, p in group]
     model(*tiny.batch(12)).total.backward()
     torch.optim.SGD(own, lr=0.1).step()
-    names = set(model.trained_state())
-    assert names == {k for k, p in model.named_parameters() if k.startswith("method.") or train}
+    names = {k for k, p in model.named_parameters() if k.startswith("method.") or train}
+    given = {f"method.{k}" for k, _ in model.method.named_buffers()}
+    assert set(model.trained_state()) == names | given
     for key, value in model.state_dict().items():
         # Tied entries of the state dict have no parameter name of their own.
         if key in names:
@@ -268,11 +271,16 @@ def test_parameter_count_equals_the_formula(name: str) -> None:
 
 
 @every_method
+def test_its_section_states_its_groups(name: str) -> None:
+    assert tiny.model(CONFIGS[name], train=False).named_groups().keys() <= CONFIGS[name].groups
+
+
+@every_method
 def test_seed_decides_the_start_and_the_global_stream_is_untouched(name: str) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    states = [tiny.model(CONFIGS[name], seed=seed).method.state_dict() for seed in (1, 1, 2)]
+    states = [dict(tiny.model(CONFIGS[name], seed=seed).method.named_parameters()) for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     drawn = [k for k in states[0] if len(states[0][k].unique()) > 1]  # a bias or update may start at zero
@@ -425,6 +433,32 @@ def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, 
     assert field in message
     assert value in message
     assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"name": "prompt_tuning", "init_std": 0.1}, r"init_std=0.1 .* drop it .*, or set method.init=normal"),
+        ({"name": "smop", "init": "zero", "init_std": 2.0}, r"init_std=2.0 .* or set method.init=normal"),
+        ({"name": "smop", "gumbel_temperature": 0.5}, "gumbel_temperature=0.5 .* or set method.routing=gumbel"),
+        ({"name": "hyperprompt", "stacks": "decoder", "encoder_length": 4}, "encoder_length=4 .* method.stacks=both"),
+        ({"name": "prefix_tuning", "stacks": "encoder", "decoder_length": 4}, "decoder_length=4 .* method.stacks=both"),
+        ({"name": "prefix_tuning", "mlp_hidden_size": 7}, "mlp_hidden_size=7 .* or set method.reparameterisation=mlp"),
+        ({"name": "p_tuning", "lstm_layers": 2}, "lstm_layers=2 .* or set method.encoder=lstm"),
+        ({"name": "dept", "rank": 0, "max_positions": 7}, "max_positions=7 .* or set method.rank above 0"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(table: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.{message}"):
+        check({"method": table, "tasks": ["a/b"]})
+    # Dropped, the default stands in its place, also in a resolved config that is read again.
+    kept = check({"method": {k: table[k] for k in ("name", "init", "stacks", "rank") if k in table}, "tasks": ["a/b"]})
+    assert check(kept.model_dump(mode="json")) == kept
+
+
+def test_a_stack_left_out_may_have_length_0() -> None:
+    for name in ("hyperprompt", "prefix_tuning"):
+        check({"method": {"name": name, "stacks": "decoder", "encoder_length": 0}, "tasks": ["a/b"]})
 
 
 def test_encoder_prompts_need_an_encoder() -> None:
@@ -975,7 +1009,7 @@ def test_attempt_leaves_its_sources_as_they_are() -> None:
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     assert torch.equal(model.method.sources_JPH, before)
     assert model.method.sources_JPH.grad is None
-    assert not any("sources" in name for name in model.trained_state())
+    assert torch.equal(model.trained_state()["method.sources_JPH"], before)
 
 
 # MPT
@@ -1003,6 +1037,22 @@ def test_mpt_has_two_learning_rates() -> None:
     groups = tiny.model(CONFIGS["mpt"], train=False).named_groups()
     names = {group: {name for name, _ in members} for group, members in groups.items()}
     assert names == {"prompt": {"method.prompt_PH"}, "task": {"method.tokens_KP", "method.features_KH"}}
+
+
+def test_weight_decay_leaves_mpts_tasks_near_the_shared_prompt() -> None:
+    """Two steps of decay alone: P* shrinks, u and v stay at 1."""
+    model = tiny.model(CONFIGS["mpt"], train=False)
+    own = {name: p for members in model.named_groups().values() for name, p in members}
+    before = {name: p.detach().clone() for name, p in own.items()}
+    optim = Optim(TrainConfig(learning_rate=0.1, weight_decay=0.5), model.named_groups(), model.undecayed())
+    assert model.undecayed() <= own.keys()
+    for _ in range(2):
+        for parameter in own.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optim.step()
+    torch.testing.assert_close(own["method.prompt_PH"].detach(), before["method.prompt_PH"] * 0.95**2)
+    for name in model.undecayed():
+        assert torch.equal(own[name].detach(), before[name])
 
 
 def test_mpt_counts_on_t5_base() -> None:

@@ -77,7 +77,9 @@ def test_p_tuning(family: str, encoder: Any) -> None:
         task_type=KINDS[family], num_virtual_tokens=4, num_transformer_submodules=1, encoder_hidden_size=7,
         encoder_reparameterization_type=encoder.upper(), encoder_num_layers=2, encoder_dropout=0.0,
     )  # fmt: skip
-    table = {"length": 4, "per_task": False, "encoder": encoder, "encoder_hidden_size": 7, "lstm_layers": 2}
+    table = {"length": 4, "per_task": False, "encoder": encoder, "encoder_hidden_size": 7}
+    if encoder == "lstm":
+        table["lstm_layers"] = 2
     ours, theirs = tiny.model(PTuningConfig(**table), family), theirs_with(config, family)
     pairs: dict[str, tuple[str, Any]] = {
         key: (key.replace("mlp_head", "mlp").replace("lstm_head", "lstm"), same)
@@ -98,8 +100,10 @@ def test_prefix_tuning_of_a_decoder_only_model(reparameterisation: Any) -> None:
         lambda _, args, keys: (args, {**keys, "position_ids": torch.arange(keys["input_ids"].shape[1])[None]}),
         with_kwargs=True,
     )
-    table = {"stacks": "decoder", "decoder_length": 3, "per_task": False, "mlp_hidden_size": 7}
-    ours = tiny.model(PrefixTuningConfig(**table, reparameterisation=reparameterisation), "gpt2")
+    table = {"stacks": "decoder", "decoder_length": 3, "per_task": False}
+    if mlp:
+        table |= {"reparameterisation": "mlp", "mlp_hidden_size": 7}
+    ours = tiny.model(PrefixTuningConfig(**table), "gpt2")
 
     def layer_by_layer(made: Tensor) -> Tensor:
         """Ours has the keys of all layers, then the values; PEFT has keys and values layer by layer."""

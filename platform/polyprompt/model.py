@@ -114,6 +114,10 @@ class PromptedModel(nn.Module):
             groups.setdefault(group, []).append((name, parameter))
         return groups
 
+    def undecayed(self) -> set[str]:
+        """Return the names of the parameters that weight decay spares beside those of one dimension."""
+        return {f"method.{name}" for name in self.method.undecayed}
+
     def num_parameters(self) -> Counts:
         return Counts(
             trained=sum(p.numel() for p in self._trained().values()),
@@ -122,13 +126,16 @@ class PromptedModel(nn.Module):
         )
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by name ("method.…", "backbone.…"); tensors are shared with the model."""
-        return {name: parameter.detach() for name, parameter in self._trained().items()}
+        """Return what a bundle must hold, by name ("method.…", "backbone.…"); tensors are shared with the model.
+
+        What training changes, and what the method was given from outside: its buffers.
+        """
+        return {name: tensor.detach() for name, tensor in self._kept().items()}
 
     @torch.no_grad()
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set what training changes. Raises BundleError naming what is missing, unexpected or of another shape."""
-        own = self._trained()
+        """Set what `trained_state` returned. Raises BundleError naming what is missing, unexpected or misshapen."""
+        own = self._kept()
         faults = [f"missing {name}" for name in own if name not in state]
         faults += [f"unexpected {name}" for name in state if name not in own]
         faults += [
@@ -146,6 +153,11 @@ class PromptedModel(nn.Module):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _kept(self) -> dict[str, Tensor]:
+        state = self.method.state_dict(prefix="method.", keep_vars=True)
+        buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
+        return {**self._trained(), **buffers}
 
     def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
         x_BTH = self.backbone.embed(input_ids_BT)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from polyprompt import checkpoint
 from polyprompt.backbone_base import Backbone
-from polyprompt.config import RunConfig, TextConfig, TextTaskConfig
+from polyprompt.config import RunConfig
 from polyprompt.data import AnyData, TextData, majority
 from polyprompt.evaluate import evaluate
 from polyprompt.loop import Scores
 from polyprompt.plan import build
 from polyprompt.result import RunResult
+from polyprompt.task_configs import TextConfig, TextTaskConfig
 from polyprompt.text_store import TextSplit
 from polyprompt.workers import Workers
 

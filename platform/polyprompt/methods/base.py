@@ -6,10 +6,13 @@ Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L la
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
 from polyprompt.method_configs import ParameterGroup
+
+Stack = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Method(nn.Module, ABC):
     num_routes: int = 0
     #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
     input_length: int = 0
+    #: Prompt tokens of each stack whose self-attention gets keys and values.
+    stack_lengths: Mapping[Stack, int] = {}
+    #: Parameters, by name, that weight decay spares although they have more than one dimension: factors that mean
+    #: "leave it as it is" at 1, not at 0.
+    undecayed: frozenset[str] = frozenset()
     #: Multiply-adds that the method spends on each row, beside a router's; what the task alone decides costs none.
     row_multiply_adds: int = 0
 
@@ -90,7 +98,8 @@ class Method(nn.Module, ABC):
 
     def prompt_lengths(self) -> dict[str, int]:
         """Return config key → prompt tokens, for each kind of prompt of the method."""
-        return {"method.length": self.input_length} if self.input_length else {}
+        stacks = {f"method.{stack}_length": length for stack, length in self.stack_lengths.items()}
+        return {"method.length": self.input_length, **stacks} if self.input_length else stacks
 
     def input_prompts(self) -> Tensor | None:
         """Return the trained prompts [prompts, P, H] before the input that may start from given vectors, if any."""

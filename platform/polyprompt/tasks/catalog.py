@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from polyprompt.config import RunConfig, TaskConfig, TextTaskConfig
+from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, DataError, hint
+from polyprompt.task_configs import TaskConfig, TextTaskConfig
 from polyprompt.tasks import embedded
 from polyprompt.tasks.custom import task_of
 from polyprompt.tasks.extras import EXTRAS

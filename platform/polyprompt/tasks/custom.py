@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyprompt.config import TaskConfig
 from polyprompt.errors import ConfigError, DataError, hint
+from polyprompt.task_configs import TaskConfig
 from polyprompt.tasks.fields import get
 from polyprompt.tasks.metrics import check_names
 from polyprompt.tasks.records import Example, FileSource, HubSource, Row, Source, Task
