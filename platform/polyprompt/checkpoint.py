@@ -109,12 +109,8 @@ def read(folder: Path, *, backbone: Mapping[str, Any] | None = None) -> Bundle:
     """
     manifest = verify(folder)
     trained_on = manifest["backbone"]
-    if backbone is not None and trained_on["sha256"] != backbone["sha256"]:
-        raise BundleError(
-            f"bundle {folder} was trained on backbone {trained_on['name']!r} (sha256 {trained_on['sha256'][:12]}), "
-            f"not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set backbone.name to the former, or "
-            "start a new run under another name"
-        )
+    if backbone is not None:
+        check_backbone(folder, trained_on, backbone)
     try:
         return Bundle(
             folder=folder,
@@ -125,6 +121,16 @@ def read(folder: Path, *, backbone: Mapping[str, Any] | None = None) -> Bundle:
         )
     except (ConfigError, SafetensorError, ValueError) as error:
         raise BundleError(f"bundle {folder} was written by another version and cannot be read: {error}") from error
+
+
+def check_backbone(folder: Path, trained_on: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+    """Raise BundleError unless the identities of the bundle's backbone and of the given one are of the same content."""
+    if trained_on["sha256"] != backbone["sha256"]:
+        raise BundleError(
+            f"bundle {folder} was trained on backbone {trained_on['name']!r} (sha256 {trained_on['sha256'][:12]}), "
+            f"not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set backbone.name to the former, or "
+            "start a new run under another name"
+        )
 
 
 def verify(folder: Path) -> dict[str, Any]:

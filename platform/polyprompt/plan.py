@@ -41,20 +41,12 @@ def build(config: RunConfig) -> tuple[PromptedModel, Sequence[AnyData]]:
     Raises ConfigError or DataError naming what does not fit. Data that is already in the cache is not read again.
     """
     tasks = catalog.resolve(config)
-    backbone = backbones.load(
-        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
-    )
-    method = methods.build(
-        config.method,
-        backbone.dims(len(tasks)),
-        seed=config.train.seed,
-        sources_JPH=source_prompts.read(config.method, backbone.identity()),
-    )
+    model = model_of(config, len(tasks))
+    backbone, method = model.backbone, model.method
     limit = input_limit(config, backbone, method)
     for task in tasks:
         if isinstance(task, TextTask):
             check_window(config, task, backbone, method)
-    model = PromptedModel(backbone, method)
     starts.start(config.method, method, backbone, tasks)
     if not model.named_groups():
         raise ConfigError(
@@ -63,6 +55,20 @@ def build(config: RunConfig) -> tuple[PromptedModel, Sequence[AnyData]]:
         )
     data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=limit)
     return model, data
+
+
+def model_of(config: RunConfig, num_tasks: int) -> PromptedModel:
+    """Build the model (CPU, initial weights from the seed). Raises ConfigError naming what does not fit."""
+    backbone = backbones.load(
+        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
+    )
+    method = methods.build(
+        config.method,
+        backbone.dims(num_tasks),
+        seed=config.train.seed,
+        sources_JPH=source_prompts.read(config.method, backbone.identity()),
+    )
+    return PromptedModel(backbone, method)
 
 
 def plan(config: RunConfig) -> Plan:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from polyprompt.config import RunConfig, TaskConfig, TextTaskConfig
 from polyprompt.errors import ConfigError, DataError, hint
@@ -27,6 +28,17 @@ def resolve(config: RunConfig) -> tuple[Task | TextTask, ...]:
     Raises ConfigError for an unknown name (with the nearest known ones), DataError for a missing folder or file.
     """
     return tuple(_task(entry, config.data.root) for entry in config.tasks)
+
+
+def forms(config: RunConfig) -> tuple[Task | None, ...]:
+    """Return what the config's tasks make of a row, wherever their data are; None for plain text."""
+    found: list[Task | None] = []
+    for entry in config.tasks:
+        if isinstance(entry, TaskConfig):
+            found.append(task_of(entry, with_source=False))
+        else:
+            found.append(None if isinstance(entry, TextTaskConfig) else cast(Task, _task(entry, None)))
+    return tuple(found)
 
 
 def _task(entry: str | TaskConfig | TextTaskConfig, root: Path | None) -> Task | TextTask:
