@@ -14,56 +14,14 @@ from polyprompt.data import TaskData
 from polyprompt.errors import BundleError
 from polyprompt.plan import build
 from polyprompt.predictor import Predictor, find_bundle
-from polyprompt.ray_train import run
-from polyprompt.recipe import check
 from polyprompt.tasks import metrics
 
 Table = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """The folder of a finished run on an own task, a choice task and a free-text one."""
-    root = tmp_path_factory.mktemp("trained")
-    files = {}
-    for split, count in (("train", 40), ("validation", 12)):
-        pairs = [(a, b) for a in range(8) for b in range(8) if a != b][:count]
-        files[split] = root / f"{split}.jsonl"
-        files[split].write_text(
-            "".join(json.dumps({"text": f"{a} and {b}", "label": int(a > b)}) + "\n" for a, b in pairs)
-        )
-    table = {
-        "backbone": {"name": str(request.getfixturevalue("tiny_t5")), "trainable": True},
-        "method": {"name": "hyperprompt", "encoder_length": 3, "decoder_length": 2, "reduction": 4},
-        "tasks": [
-            {
-                "name": "my/larger",
-                "files": {split: str(path) for split, path in files.items()},
-                "input": "compare: {text}",
-                "target": "label",
-                "labels": {0: "no", 1: "yes"},
-                "metrics": ["accuracy"],
-            },
-            "embedded/nli",
-            "embedded/similarity",
-        ],
-        "data": {
-            "max_input_tokens": 48,
-            "max_train_examples": 32,
-            "max_validation_examples": 12,
-            "cache_dir": str(root),
-        },
-        "train": {"max_steps": 4, "batch_size": 12, "num_shards": 2},
-        "tracking": {"enabled": False},
-    }
-    out = root / "run"
-    run(check(table), out=out, say=lambda line: None)
-    return out
-
-
-@pytest.fixture(scope="module")
-def predictor(trained: Path) -> Predictor:
-    return Predictor(find_bundle(trained))
+def predictor(trained_run: Path) -> Predictor:
+    return Predictor(find_bundle(trained_run))
 
 
 def asked(predictor: Predictor) -> tuple[list[Table], list[Any]]:
@@ -79,11 +37,11 @@ def asked(predictor: Predictor) -> tuple[list[Table], list[Any]]:
     return [row for row, _ in pairs], [pair for _, pair in pairs]
 
 
-def test_scores_are_those_of_the_evaluation(predictor: Predictor, trained: Path) -> None:
+def test_scores_are_those_of_the_evaluation(predictor: Predictor, trained_run: Path) -> None:
     rows, examples = asked(predictor)
     answers = predictor.predict(rows, batch_size=7)
     assert not [answer.error for answer in answers if answer.error]
-    result = json.loads((trained / "result.json").read_text())
+    result = json.loads((trained_run / "result.json").read_text())
     for name in ("my/larger", "embedded/nli"):
         own = [
             (answer, example)
@@ -163,27 +121,27 @@ def test_a_bad_row_has_its_error_and_the_others_their_answers(predictor: Predict
     assert not answers[0].error
 
 
-def test_a_bundle_needs_neither_its_data_nor_its_place(trained: Path, tmp_path: Path, tiny_t5: Path) -> None:
+def test_a_bundle_needs_neither_its_data_nor_its_place(trained_run: Path, tmp_path: Path, tiny_t5: Path) -> None:
     moved, backbone = tmp_path / "moved", tmp_path / "backbone"
-    shutil.copytree(trained, moved)
+    shutil.copytree(trained_run, moved)
     shutil.copytree(tiny_t5, backbone)
     for file in moved.parent.glob("*.jsonl"):
         file.unlink()
     row = {"task": "my/larger", "text": "3 and 5"}
-    there = Predictor(find_bundle(moved / "bundles" / find_bundle(trained).name), backbone=str(backbone))
-    assert there.predict([row]) == Predictor(find_bundle(trained)).predict([row])
+    there = Predictor(find_bundle(moved / "bundles" / find_bundle(trained_run).name), backbone=str(backbone))
+    assert there.predict([row]) == Predictor(find_bundle(trained_run)).predict([row])
 
 
-def test_another_backbone_is_refused(trained: Path) -> None:
+def test_another_backbone_is_refused(trained_run: Path) -> None:
     with pytest.raises(BundleError, match="was trained on backbone"):
-        Predictor(find_bundle(trained), backbone="embedded")
+        Predictor(find_bundle(trained_run), backbone="embedded")
 
 
-def test_what_a_path_means(trained: Path, tmp_path: Path) -> None:
-    best = find_bundle(trained)
+def test_what_a_path_means(trained_run: Path, tmp_path: Path) -> None:
+    best = find_bundle(trained_run)
     assert find_bundle(best) == best
     unfinished = tmp_path / "unfinished"
-    shutil.copytree(trained, unfinished)
+    shutil.copytree(trained_run, unfinished)
     (unfinished / "result.json").unlink()
     assert find_bundle(unfinished) == checkpoint.newest_whole(unfinished / "bundles")
     with pytest.raises(BundleError, match="holds no trained model"):

@@ -145,7 +145,7 @@ class Predictor:
         assert task is not None
         example = _example(task, {key: value for key, value in row.items() if key != TASK})
         writer = self._writers[index]
-        (tokens,) = writer.inputs([example.input])
+        (tokens,), _ = writer.inputs([example.input])
         shared = example.choices == task.choices
         choice_ids = self._choice_ids[index] if shared else writer.choice_ids(example.choices, name)
         return _Ask(place, index, task.name, example, TokenRow(tokens, []), choice_ids)

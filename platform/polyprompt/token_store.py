@@ -100,10 +100,11 @@ class Writer:
             meta = {"choices": self.task.choices, "choice_ids": choice_ids, "splits": counts}
             (aside / "meta.json").write_text(json.dumps(meta))
 
-    def inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each input, cut to the limit, its </s> included."""
-        eos = self.tokenizer.eos_token_id
-        return [[*ids[: self.max_input_tokens - 1], eos] for ids in tokens(self.tokenizer, texts)]
+    def inputs(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Return the tokens of each input, cut to the limit, its </s> included; and how many were cut."""
+        whole, eos = tokens(self.tokenizer, texts), self.tokenizer.eos_token_id
+        num_cut = sum(len(ids) >= self.max_input_tokens for ids in whole)
+        return [[*ids[: self.max_input_tokens - 1], eos] for ids in whole], num_cut
 
     def task_choice_ids(self) -> list[list[int]]:
         """Return the target tokens of each of the task's choices. Raises DataError for two alike, or one too long."""
@@ -140,10 +141,10 @@ class Writer:
 
     def _columns(self, chunk: Sequence[tuple[str, Example]], counts: dict[str, int]) -> dict[str, list[Any]]:
         examples = [example for _, example in chunk]
-        inputs = self.inputs([e.input for e in examples])
+        inputs, num_cut = self.inputs([e.input for e in examples])
         targets = tokens(self.tokenizer, [e.target for e in examples])
         counts["num_examples"] += len(examples)
-        counts["num_cut_inputs"] += sum(len(ids) == self.max_input_tokens for ids in inputs)
+        counts["num_cut_inputs"] += num_cut
         counts["num_cut_targets"] += sum(len(ids) >= self.max_target_tokens for ids in targets)
         eos = self.tokenizer.eos_token_id
         own = [None if e.choices == self.task.choices else e.choices for e in examples]
