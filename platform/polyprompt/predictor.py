@@ -114,26 +114,41 @@ class Predictor:
         text as the task's format writes it, with `choices` where the task has none of its own. mode: "rank" or
         "generate", as `evaluate.mode`; the run's own by default. A row that does not fit has its error as the answer.
         """
-        answers: dict[int, Prediction] = {}
-        asks: list[_Ask] = []
+        errors: dict[int, Prediction] = {}
+        examples: dict[int, tuple[str, Example]] = {}
         for place, row in enumerate(rows):
             try:
-                asks.append(self._ask(place, row))
+                examples[place] = self._example(row)
+            except DataError as error:
+                errors[place] = Prediction(error=str(error))
+        found = self.answer(list(examples.values()), batch_size=batch_size, mode=mode)
+        answers = errors | dict(zip(examples, found, strict=True))
+        return [answers[place] for place in range(len(rows))]
+
+    def answer(
+        self, examples: Sequence[tuple[str, Example]], *, batch_size: int = 64, mode: str | None = None
+    ) -> list[Prediction]:
+        """Answer examples, each with the name of its task; see `predict`. Targets are not looked at."""
+        answers: dict[int, Prediction] = {}
+        asks: list[_Ask] = []
+        for place, (name, example) in enumerate(examples):
+            try:
+                asks.append(self._ask(place, name, example))
             except DataError as error:
                 answers[place] = Prediction(error=str(error))
         rank = (mode or self.config.evaluate.mode) == "rank"
         for batch in self._batches(asks, batch_size, rank):
             for ask, answer in zip(batch, self._answer(batch, rank and bool(batch[0].choice_ids)), strict=True):
                 answers[ask.place] = answer
-        return [answers[place] for place in range(len(rows))]
+        return [answers[place] for place in range(len(examples))]
 
     def _writer(self, task: Task) -> token_store.Writer:
         return token_store.Writer(
             task, self.model.backbone.tokenizer, self.max_input_tokens, self.config.data.max_target_tokens
         )
 
-    def _ask(self, place: int, row: Mapping[str, Any]) -> _Ask:
-        """Raises DataError naming what does not fit."""
+    def _example(self, row: Mapping[str, Any]) -> tuple[str, Example]:
+        """Return the row's task and what its format makes of the row. Raises DataError naming what does not fit."""
         if not isinstance(row, Mapping):
             raise DataError(f"a row must be a table of fields, not {type(row).__name__}")
         name = get(row, TASK)
@@ -143,8 +158,13 @@ class Predictor:
         index = self._index[name]
         task = self.tasks[index]
         assert task is not None
-        example = _example(task, {key: value for key, value in row.items() if key != TASK})
-        writer = self._writers[index]
+        return task.name, _example(task, {key: value for key, value in row.items() if key != TASK})
+
+    def _ask(self, place: int, name: str, example: Example) -> _Ask:
+        """Raises DataError for a choice that is too long."""
+        index = self._index[name]
+        task, writer = self.tasks[index], self._writers[index]
+        assert task is not None
         (tokens,), _ = writer.inputs([example.input])
         shared = example.choices == task.choices
         choice_ids = self._choice_ids[index] if shared else writer.choice_ids(example.choices, name)

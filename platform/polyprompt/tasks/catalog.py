@@ -50,7 +50,17 @@ def _task(entry: str | TaskConfig | TextTaskConfig, root: Path | None) -> Task |
     if entry not in known:
         raise ConfigError(f"tasks: unknown task {entry!r}; known: {', '.join(known)}.{hint(entry, known)}")
     task = known[entry]
-    return replace(task, source=_files(task, root)) if root is not None and entry in CATALOGUE else task
+    if root is None or entry not in CATALOGUE:
+        return task
+    return replace(task, source=_files(task, root, (task.train_split, task.validation_split)))
+
+
+def of_split(entry: str | TaskConfig, root: Path | None, split: str) -> Task:
+    """Return a task with the source of one split alone. Raises as `resolve` does."""
+    if isinstance(entry, TaskConfig):
+        return task_of(entry)
+    task = cast(Task, _task(entry, None))
+    return replace(task, source=_files(task, root, (split,))) if root is not None and entry in CATALOGUE else task
 
 
 def known_tasks() -> Mapping[str, Task]:
@@ -58,9 +68,9 @@ def known_tasks() -> Mapping[str, Task]:
     return {**embedded.tasks(), **CATALOGUE}
 
 
-def _files(task: Task, root: Path) -> FileSource:
+def _files(task: Task, root: Path, splits: tuple[str, ...]) -> FileSource:
     """The task's files in `root`: <last part of its name>/<split>.jsonl, else .csv, else .parquet."""
-    expected = f"data.root must hold <task>/{task.train_split}.jsonl and <task>/{task.validation_split}.jsonl"
+    expected = f"data.root must hold {' and '.join(f'<task>/{split}.jsonl' for split in dict.fromkeys(splits))}"
     if not root.is_dir():
         raise DataError(f"data.root: folder {root} does not exist; {expected}")
     folder = root / task.name.rpartition("/")[2]
@@ -68,7 +78,7 @@ def _files(task: Task, root: Path) -> FileSource:
         near = hint(folder.name, [p.name for p in root.iterdir() if p.is_dir()])
         raise DataError(f"{task.name}: folder {folder} does not exist; {expected}.{near}")
     files = {}
-    for split in dict.fromkeys((task.train_split, task.validation_split)):
+    for split in dict.fromkeys(splits):
         found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
         if not found:
             raise DataError(f"{task.name}: file {folder / split}.jsonl does not exist; {expected} (or .csv, .parquet)")
