@@ -1,16 +1,18 @@
 """The tasks that ship by name, and how a config's task list becomes tasks."""
 
+import string
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 from polyprompt.config import RunConfig, TaskConfig, TextTaskConfig
 from polyprompt.errors import ConfigError, DataError, hint
 from polyprompt.tasks import embedded
-from polyprompt.tasks.custom import task_of
+from polyprompt.tasks.custom import TemplateExamples, task_of
 from polyprompt.tasks.extras import EXTRAS
-from polyprompt.tasks.glue import GLUE
+from polyprompt.tasks.glue import GLUE, Classification
 from polyprompt.tasks.records import FileSource, Task, TextTask
 from polyprompt.tasks.super_glue import SUPER_GLUE
 from polyprompt.tasks.text import text_task_of
@@ -39,6 +41,18 @@ def forms(config: RunConfig) -> tuple[Task | None, ...]:
         else:
             found.append(None if isinstance(entry, TextTaskConfig) else cast(Task, _task(entry, None)))
     return tuple(found)
+
+
+def fields(task: Task) -> tuple[str, ...]:
+    """Return the fields of a row that the task's format reads, as far as it says so; () where it is a function."""
+    match task.examples:
+        case Classification():
+            return tuple(names[0] for names in task.examples.fields)
+        case TemplateExamples():
+            return tuple(field.partition(".")[0] for _, field in task.examples.input.parts if field is not None)
+        case partial(args=(_, str(template), _)):
+            return tuple(field for _, field, _, _ in string.Formatter().parse(template) if field)
+    return ()
 
 
 def _task(entry: str | TaskConfig | TextTaskConfig, root: Path | None) -> Task | TextTask:
