@@ -177,6 +177,17 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def without_optimizer(folder: Path, target: Path) -> Path:
+    """Copy a whole bundle, without what only training needs, to a new folder, and return that one."""
+    manifest = verify(folder)
+    target.mkdir(parents=True)
+    kept = {name: digest for name, digest in manifest["files"].items() if name != OPTIMIZER}
+    for name in kept:
+        shutil.copyfile(folder / name, target / name)
+    (target / MANIFEST).write_text(json.dumps({**manifest, "files": kept}, indent=1))
+    return target
+
+
 def bundles(root: Path) -> list[Path]:
     """Return the bundle folders under root, oldest first, whole or not."""
     return sorted(path for path in root.glob("step_*") if path.is_dir())

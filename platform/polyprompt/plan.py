@@ -44,26 +44,14 @@ def build(config: RunConfig, bundle: Bundle | None = None) -> tuple[PromptedMode
     Raises ConfigError, DataError or BundleError naming what does not fit. Data in the cache is not read again.
     """
     tasks = catalog.resolve(config)
-    backbone = backbones.load(
-        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
-    )
-    if bundle is not None:
-        checkpoint.check_backbone(bundle, backbone.identity())
-    method = methods.build(
-        config.method,
-        backbone.dims(len(tasks)),
-        seed=config.train.seed,
-        sources_JPH=source_prompts.read(config.method, backbone.identity(), bundle),
-    )
+    model = model_of(config, len(tasks), bundle)
+    backbone, method = model.backbone, model.method
     limit = input_limit(config, backbone, method)
     for task in tasks:
         if isinstance(task, TextTask):
             check_window(config, task, backbone, method)
-    model = PromptedModel(backbone, method)
     if bundle is None:
         starts.start(config.method, method, backbone, tasks)
-    else:
-        model.load_trained_state(bundle.tensors)
     if not model.named_groups():
         raise ConfigError(
             f"nothing is trained: method.name={config.method.name} has no parameters at this length and the backbone "
@@ -82,6 +70,28 @@ def _check_groups(config: RunConfig, model: PromptedModel) -> None:
             f"its groups are {', '.join(groups)}. Drop {stranger}"
             + (", or set backbone.trainable=true" if stranger == "backbone" else "")
         )
+
+
+def model_of(config: RunConfig, num_tasks: int, bundle: Bundle | None = None) -> PromptedModel:
+    """Build the model (CPU), with what the bundle holds, or initial weights from the seed.
+
+    Raises ConfigError naming what does not fit, BundleError for a bundle of another backbone.
+    """
+    backbone = backbones.load(
+        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
+    )
+    if bundle is not None:
+        checkpoint.check_backbone(bundle, backbone.identity())
+    method = methods.build(
+        config.method,
+        backbone.dims(num_tasks),
+        seed=config.train.seed,
+        sources_JPH=source_prompts.read(config.method, backbone.identity(), bundle),
+    )
+    model = PromptedModel(backbone, method)
+    if bundle is not None:
+        model.load_trained_state(bundle.tensors)
+    return model
 
 
 def plan(config: RunConfig, bundle: Bundle | None = None) -> Plan:
