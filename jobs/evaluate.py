@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from polyprompt.errors import ConfigError, PolypromptError, hint
+from polyprompt.command import exit_status
+from polyprompt.errors import ConfigError, hint
 
 if TYPE_CHECKING:
     from polyprompt.predictor import Predictor
@@ -48,19 +49,11 @@ def main() -> int:
     for name in ("limit", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    try:
-        evaluate(options)
-    except PolypromptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: evaluate(options), stopped="stopped")
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    """Score the tasks, and leave what was asked for. Raises PolypromptError before anything is predicted, if it can."""
+def evaluate(options: argparse.Namespace) -> int:
+    """Score the tasks, leave what was asked for, return 0. Raises PolypromptError, where it can before predicting."""
     from rich.console import Console
     from rich.table import Table
 
@@ -93,6 +86,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"mean score {statistics.fmean(own['score'] for own in scores.values()):.4f}")
     if options.out:
         write_whole(options.out / "scores.json", json.dumps(scores, indent=2).encode())
+    return 0
 
 
 def _asked(predictor: "Predictor", options: argparse.Namespace) -> Sequence[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from polyprompt.errors import PolypromptError
+from polyprompt.command import exit_status
 
 
 def main() -> int:
@@ -41,17 +41,14 @@ def main() -> int:
     if options.workers < 0:
         parser.error(f"--workers {options.workers}: expected 0 or more")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+
+    def act() -> int:
         num_rows, num_failed = predict(options)
-    except PolypromptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is answered", file=sys.stderr)
-        return 130
-    failed = f"; {num_failed} of them have an error instead of an answer" if num_failed else ""
-    print(f"{num_rows} rows are in {options.output}{failed}")
-    return 0
+        failed = f"; {num_failed} of them have an error instead of an answer" if num_failed else ""
+        print(f"{num_rows} rows are in {options.output}{failed}")
+        return 0
+
+    return exit_status(act, stopped="stopped; the same command goes on from what is answered")
 
 
 def predict(options: argparse.Namespace) -> tuple[int, int]:

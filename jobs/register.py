@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from polyprompt.errors import PolypromptError
+from polyprompt.command import exit_status
 
 
 def main() -> int:
@@ -30,7 +30,8 @@ def main() -> int:
         parser.error("name a run's folder to register, or --promote NAME")
     if options.run is not None and not options.name:
         parser.error("--name: the registered model needs a name")
-    try:
+
+    def act() -> int:
         from polyprompt import registry, tracking
         from polyprompt.config import TrackingConfig
 
@@ -41,10 +42,9 @@ def main() -> int:
         else:
             version = registry.register(options.run.absolute(), options.name, uri)
             print(f"{version.uri} is the candidate: models:/{version.name}@candidate")
-    except PolypromptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return exit_status(act, stopped="stopped")
 
 
 if __name__ == "__main__":

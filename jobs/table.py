@@ -94,8 +94,20 @@ def lines(results: Results) -> list[list[str]]:
     first = next(iter(results.values()))[0]
     tasks = list(first.eval)
     floors = [first.majority[task] for task in tasks]
-    body = [["", "mean", *(task.rpartition("/")[2] for task in tasks), "trained parameters", "steps", "s/step", "memory, MiB"]]
-    body.append(["majority", _spread([statistics.fmean(floors)]), *(_spread([floor]) for floor in floors), "", "", "", ""])
+    body = [
+        [
+            "",
+            "mean",
+            *(task.rpartition("/")[2] for task in tasks),
+            "trained parameters",
+            "steps",
+            "s/step",
+            "memory, MiB",
+        ]
+    ]
+    body.append(
+        ["majority", _spread([statistics.fmean(floors)]), *(_spread([floor]) for floor in floors), "", "", "", ""]
+    )
     for label, runs in results.items():
         scores = [_spread([run.eval[task]["score"] for run in runs]) for task in tasks]
         seconds = statistics.median(run.train_seconds / run.num_steps for run in runs)
