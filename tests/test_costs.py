@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyprompt.config import (
+    AdapterConfig,
     AttemptConfig,
     DePTConfig,
     FullConfig,
@@ -32,6 +33,8 @@ METHODS: list[MethodConfig] = [
     PTuningConfig(length=5),
     DePTConfig(length=5, rank=2),
     AttemptConfig(length=5, sources=[Path("absent")], bottleneck=6),
+    AdapterConfig(bottleneck=5),
+    AdapterConfig(bottleneck=5, variant="pfeiffer", per_task=False),
 ]
 
 

@@ -2,7 +2,7 @@
 
 Letters: T input tokens with the input prompt, S target tokens, P prompt keys of a self-attention layer, H hidden size,
 A = heads times head size, F feed-forward size, V vocabulary, L layers, R routed prompts. f = 3 matrices in a gated
-feed-forward block, else 2. In multiply-adds:
+feed-forward block, else 2, and f·H·F has Method.layer_multiply_adds (adapters) added. In multiply-adds:
 
     encoder layer  4·H·A·T + 2·A·T·(T + P) + f·H·F·T
     decoder layer  4·H·A·S + 2·A·S·(S + P) + 2·H·A·S + 2·H·A·T + 2·A·S·T + f·H·F·S
@@ -40,6 +40,7 @@ def _encoder_decoder(model: PromptedModel, inputs: int, targets: int, lengths: M
     hidden, inner = config.d_model, config.num_heads * config.d_kv
     projection = hidden * inner
     feed_forward = (3 if "gated" in config.feed_forward_proj else 2) * hidden * config.d_ff
+    feed_forward += model.method.layer_multiply_adds
     encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + feed_forward)
     own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + feed_forward)
     cross = 2 * projection * (targets + inputs) + 2 * inner * targets * inputs
@@ -56,6 +57,7 @@ def _decoder_only(model: PromptedModel, inputs: int, targets: int, lengths: Mapp
         feed_forward = 2 * hidden * (config.n_inner or 4 * hidden)
     else:
         feed_forward = 3 * hidden * config.intermediate_size
+    feed_forward += model.method.layer_multiply_adds
     attention = 2 * inner * (tokens + lengths.get("method.decoder_length", 0))
     return stack.num_layers * tokens * (2 * hidden * (inner + narrow) + attention + feed_forward)
 

@@ -7,7 +7,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from polyprompt.section import AbsolutePath, Section
 
 #: Parameters of a group share a learning rate.
-ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
+ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task", "adapter"]
+#: gelu_new is the tanh approximation.
+Activation = Literal["gelu", "gelu_new", "relu", "swish"]
 
 
 class MethodSection(Section):
@@ -236,3 +238,16 @@ class MPTConfig(PromptStartConfig):
     #: Of the shared prompt. Not zero: the tasks' vectors would have no gradient.
     init: Literal["vocabulary", "labels", "text", "file", "normal"] = "vocabulary"
     init_std: PositiveFloat = 0.5
+
+
+class AdapterConfig(MethodSection):
+    """Bottlenecks behind the parts of each layer (Houlsby et al. 2019; Pfeiffer et al. 2021)."""
+
+    name: Literal["adapter"] = "adapter"
+    #: houlsby: behind self-attention and feed-forward; pfeiffer: behind the feed-forward alone.
+    variant: Literal["houlsby", "pfeiffer"] = "houlsby"
+    per_task: bool = True
+    bottleneck: NonNegativeInt = 64
+    activation: Activation = "gelu"
+    #: Standard deviation of the weights at the start, cut off at two of them; biases start at 0.
+    init_std: PositiveFloat = 0.01

@@ -217,7 +217,8 @@ def check_window(config: RunConfig, task: TextTask, backbone: Backbone, method: 
 
 
 def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:
-    if prompts.decoder is None:
-        return Prompts()
-    keys, values = prompts.decoder.keys_LBNPD, prompts.decoder.values_LBNPD
-    return Prompts(decoder=KeyValues(keys.index_select(1, row_C), values.index_select(1, row_C)))
+    made = prompts.decoder
+    return Prompts(
+        decoder=made and KeyValues(made.keys_LBNPD.index_select(1, row_C), made.values_LBNPD.index_select(1, row_C)),
+        adapters={stack: own.of_rows(row_C) for stack, own in prompts.adapters.items() if stack == "decoder"},
+    )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from polyprompt.config import (
+    AdapterConfig,
     AttemptConfig,
     DePTConfig,
     FullConfig,
@@ -19,6 +20,7 @@ from polyprompt.config import (
     SMoPConfig,
 )
 from polyprompt.method_configs import RoutingConfig
+from polyprompt.methods.adapter import Adapter
 from polyprompt.methods.attempt import Attempt
 from polyprompt.methods.base import Dims, Method
 from polyprompt.methods.dept import DePT
@@ -62,6 +64,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | 
                 return Attempt(config, dims, sources_JPH, seed=seed)
             case MPTConfig():
                 return MPT(config, dims, seed=seed)
+            case AdapterConfig():
+                return Adapter(config, dims)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -93,6 +97,10 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
             return (num_tasks if config.per_task else 1) * length * h + 2 * h * m + 2 * h if length else 0
         case MPTConfig(length=length):
             return length * h + num_tasks * (length + h) if length else 0
+        case AdapterConfig(bottleneck=r):
+            layers = sum(stack.num_layers for stack in (dims.encoder, dims.decoder) if stack is not None)
+            places = 2 if config.variant == "houlsby" else 1
+            return (num_tasks if config.per_task else 1) * layers * places * (2 * h * r + r + h) if r else 0
 
 
 def _routers(config: RoutingConfig, dims: Dims) -> int:
