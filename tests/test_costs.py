@@ -12,6 +12,7 @@ from polyprompt.config import (
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
     MethodConfig,
     PrefixTuningConfig,
@@ -34,6 +35,7 @@ METHODS: list[MethodConfig] = [
     DePTConfig(length=5, rank=2),
     AttemptConfig(length=5, sources=[Path("absent")], bottleneck=6),
     AdapterConfig(bottleneck=5),
+    HyperFormerConfig(reduction=4),
     AdapterConfig(bottleneck=5, variant="pfeiffer", per_task=False),
 ]
 

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "attempt": {"length": 3, "bottleneck": 4},
     "mpt": {"length": 3},
     "adapter": {"bottleneck": 4, "init_std": 0.1},
+    "hyperformer": {"reduction": 4},
 }
 
 

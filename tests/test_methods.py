@@ -17,6 +17,7 @@ from polyprompt.config import (
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
     MethodConfig,
     MPTConfig,
@@ -86,6 +87,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "mpt normal": MPTConfig(length=4, init="normal"),
     "adapter": AdapterConfig(bottleneck=4, init_std=0.3),
     "adapter pfeiffer": AdapterConfig(bottleneck=4, init_std=0.3, variant="pfeiffer", activation="swish"),
+    "hyperformer": HyperFormerConfig(reduction=4, task_embedding_size=6, mlp_hidden_size=7, projected_embedding_size=5),
     "adapter shared": AdapterConfig(bottleneck=4, init_std=0.3, per_task=False, activation="relu"),
 }
 ZERO: dict[str, MethodConfig] = {
@@ -117,7 +119,7 @@ def strong(name: str, **keys: Any) -> PromptedModel:
     model = tiny.model(CONFIGS[name], **keys)
     with torch.no_grad():
         for parameter, weight in model.method.named_parameters():
-            if "up_" in parameter:
+            if "up_" in parameter or parameter.endswith("scale.weight"):
                 weight.mul_(10)
             if parameter == "up_GRH":  # zero at the start
                 weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -167,6 +169,12 @@ def test_shapes_are_as_declared(name: str) -> None:
             lead = (6, num_layers, 1 if config.variant == "pfeiffer" else 2)
             expected |= {f"{stack} down_LJGHR": (*lead, 16, 4), f"{stack} down_bias_LJGR": (*lead, 4)}
             expected |= {f"{stack} up_LJGRH": (*lead, 4, 16), f"{stack} up_bias_LJGH": (*lead, 16)}
+    if isinstance(config, HyperFormerConfig):
+        for stack, num_layers in (("encoder", 3), ("decoder", 2)):
+            lead = (6, num_layers, 2)
+            expected |= {f"{stack} down_LJGHR": (*lead, 16, 4), f"{stack} up_LJGRH": (*lead, 4, 16)}
+            expected |= {f"{stack} {k}": (*lead, 16) for k in ("up_bias_LJGH", "scale_LJGH", "shift_LJGH")}
+            expected[f"{stack} down_bias_LJGR"] = (*lead, 4)
     model = tiny.model(config)
     assert {k: tuple(v.shape) for k, v in prompts_of(model).items()} == expected
     assert model.method.input_length == (expected["inputs"][1] if "inputs" in expected else 0)
@@ -430,6 +438,7 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "dept", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
         ({"name": "attempt"}, "method.sources", "[]", "at least one bundle"),
         ({"name": "mpt", "task_std": 0}, "method.task_std", "0", "greater than 0"),
+        ({"name": "hyperformer", "reduction": 25}, "method.reduction", "25", "between 1 and"),
         ({"name": "adapter", "bottleneck": -1}, "method.bottleneck", "-1", "greater than or equal to 0"),
         ({"name": "adapter", "variant": "parallel"}, "method.variant", "parallel", "'houlsby' or 'pfeiffer'"),
         ({"name": "adapter", "activation": "elu"}, "method.activation", "elu", "'gelu', 'gelu_new', 'relu' or 'swish'"),
@@ -1144,3 +1153,78 @@ def test_the_recipe_says_that_layer_normalisations_are_trained() -> None:
     assert check({"method": "adapter", "tasks": ["a/b"]}).train_backbone is False
     with pytest.raises(ConfigError, match=r"backbone.trainable.*'layer_norms'"):
         check({"method": "adapter", "tasks": ["a/b"], "backbone": {"trainable": "heads"}})
+
+
+# HyperFormer++
+
+
+def slow_hyperformer(model: PromptedModel, stack: str, layer: int, place: int, task: int) -> dict[str, Tensor]:
+    """The weights of one adapter, from the formula."""
+    method = model.method
+    weight = {name: parameter for name, parameter in method.named_parameters() if name.startswith(f"stacks.{stack}")}
+    own = {name.removeprefix(f"stacks.{stack}."): parameter for name, parameter in weight.items()}
+    joined = torch.cat([method.get_parameter("task_KY")[task], own["layer_MY"][layer], own["place_JY"][place]])
+    hidden = torch.stack([(joined * w).sum() + b for w, b in zip(own["mlp.0.weight"], own["mlp.0.bias"], strict=True)])
+    joint = own["mlp.2.weight"] @ hidden.clamp(min=0) + own["mlp.2.bias"]
+    joint = (joint - joint.mean()) / ((joint - joint.mean()).pow(2).mean() + 1e-6).sqrt()
+    joint = joint * own["mlp.3.weight"] + own["mlp.3.bias"]
+
+    def made(name: str) -> Tensor:
+        pairs = zip(own[f"{name}.weight"], own[f"{name}.bias"], strict=True)
+        return torch.stack([(joint * w).sum() + b for w, b in pairs])
+
+    return {
+        "down_LJGHR": made("down").view(16, 4), "down_bias_LJGR": made("down_bias"),
+        "up_LJGRH": made("up").view(4, 16), "up_bias_LJGH": made("up_bias"),
+        "scale_LJGH": made("scale"), "shift_LJGH": made("shift"),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def randomise(model: PromptedModel) -> None:
+    """Make everything of the method large, biases included."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.method.parameters():
+        weight.normal_(0, 0.5, generator=generator)
+
+
+@torch.no_grad()
+def test_hyperformer_makes_its_adapters_by_the_formula() -> None:
+    model, task = tiny.model(CONFIGS["hyperformer"]), tiny.batch()[3]
+    randomise(model)
+    made = prompts_of(model)
+    for stack, num_layers in (("encoder", 3), ("decoder", 2)):
+        for layer, place, row in itertools.product(range(num_layers), range(2), (0, 1, 5)):
+            for key, expected in slow_hyperformer(model, stack, layer, place, int(task[row])).items():
+                torch.testing.assert_close(made[f"{stack} {key}"][row, layer, place], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
+@torch.no_grad()
+def test_hyperformer_applies_its_adapters_by_the_formula(family: str) -> None:
+    config = HyperFormerConfig(reduction=3, task_embedding_size=6, mlp_hidden_size=7, projected_embedding_size=5)
+    model = tiny.model(config, family)
+    randomise(model)
+    nll = model(*tiny.batch()).nll_B
+    for row in (0, 1, 5):
+        expected = slow_adapted_nll(model, row, family, "gelu_new", pfeiffer=False)
+        torch.testing.assert_close(nll[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hyperformer_starts_near_the_plain_backbone_and_is_it_where_scale_and_shift_are_zero() -> None:
+    model, plain = tiny.model(CONFIGS["hyperformer"]), tiny.model(FullConfig())(*tiny.batch()).nll_B
+    torch.testing.assert_close(model(*tiny.batch()).nll_B, plain, rtol=0.05, atol=0)
+    for name, weight in model.method.named_parameters():
+        if "scale" in name or "shift" in name:
+            weight.zero_()
+    assert torch.equal(model(*tiny.batch()).nll_B, plain)
+
+
+def test_hyperformer_counts_of_the_paper() -> None:
+    """T5-base, eight tasks, reduction 32: 1.02 times the model, 0.29 % a task."""
+    stack = StackDims(12, 12, 64)
+    added = methods.expected_parameters(HyperFormerConfig(), Dims(768, stack, stack, num_tasks=8))
+    assert added == 5_163_440
+    assert 1 + added / 222.9e6 == pytest.approx(1.02, abs=5e-3)
+    assert added / 8 / 222.9e6 == pytest.approx(0.0029, abs=5e-5)

@@ -26,6 +26,7 @@ from polyprompt.method_configs import (
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
     MPTConfig,
     ParameterGroup,
@@ -85,7 +86,8 @@ MethodConfig = Annotated[
     | DePTConfig
     | AttemptConfig
     | MPTConfig
-    | AdapterConfig,
+    | AdapterConfig
+    | HyperFormerConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(

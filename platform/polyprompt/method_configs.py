@@ -251,3 +251,18 @@ class AdapterConfig(MethodSection):
     activation: Activation = "gelu"
     #: Standard deviation of the weights at the start, cut off at two of them; biases start at 0.
     init_std: PositiveFloat = 0.01
+
+
+class HyperFormerConfig(MethodSection):
+    """Adapters made by a hypernetwork from task, layer and position: HyperFormer++ (Mahabadi et al. 2021)."""
+
+    name: Literal["hyperformer"] = "hyperformer"
+    #: Bottleneck = hidden size / reduction.
+    reduction: PositiveInt = 32
+    #: t': size of the task, layer and position embeddings.
+    task_embedding_size: PositiveInt = 64
+    #: e: hidden size of the MLP that joins them.
+    mlp_hidden_size: PositiveInt = 128
+    #: t: size of what it joins them to.
+    projected_embedding_size: PositiveInt = 64
+    activation: Activation = "gelu_new"

@@ -10,6 +10,7 @@ from polyprompt.config import (
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
     MethodConfig,
     MPTConfig,
@@ -22,9 +23,10 @@ from polyprompt.config import (
 from polyprompt.method_configs import RoutingConfig
 from polyprompt.methods.adapter import Adapter
 from polyprompt.methods.attempt import Attempt
-from polyprompt.methods.base import Dims, Method
+from polyprompt.methods.base import Dims, Method, StackDims
 from polyprompt.methods.dept import DePT
 from polyprompt.methods.full import Full
+from polyprompt.methods.hyperformer import HyperFormer
 from polyprompt.methods.hyperprompt import HyperPrompt
 from polyprompt.methods.mpt import MPT
 from polyprompt.methods.p_tuning import PTuning
@@ -66,6 +68,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | 
                 return MPT(config, dims, seed=seed)
             case AdapterConfig():
                 return Adapter(config, dims)
+            case HyperFormerConfig():
+                return HyperFormer(config, dims)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -101,6 +105,9 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
             layers = sum(stack.num_layers for stack in (dims.encoder, dims.decoder) if stack is not None)
             places = 2 if config.variant == "houlsby" else 1
             return (num_tasks if config.per_task else 1) * layers * places * (2 * h * r + r + h) if r else 0
+        case HyperFormerConfig():
+            stacks = [stack for stack in (dims.encoder, dims.decoder) if stack is not None]
+            return num_tasks * config.task_embedding_size + sum(_hyperformer(config, dims, stack) for stack in stacks)
 
 
 def _routers(config: RoutingConfig, dims: Dims) -> int:
@@ -129,3 +136,10 @@ def _prefix_tuning(config: PrefixTuningConfig, dims: Dims, prompted: PromptedSta
     width = 2 * stack.num_layers * stack.num_heads * stack.head_dim
     h, e = dims.hidden, config.mlp_hidden_size
     return rows * width if config.reparameterisation == "none" else rows * h + (h + 1) * e + (e + 1) * width
+
+
+def _hyperformer(config: HyperFormerConfig, dims: Dims, stack: StackDims) -> int:
+    t, t_, e = config.projected_embedding_size, config.task_embedding_size, config.mlp_hidden_size
+    h, r = dims.hidden, dims.hidden // config.reduction
+    joint = (stack.num_layers + 2) * t_ + (3 * t_ + 1) * e + (e + 1) * t + 2 * t
+    return joint + (t + 1) * (2 * h * r + r + 3 * h)
