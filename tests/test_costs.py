@@ -1,5 +1,6 @@
 """Costs: the closed form equals what torch counts."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from polyprompt.config import (
     FullConfig,
     HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MethodConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -36,6 +38,7 @@ METHODS: list[MethodConfig] = [
     AttemptConfig(length=5, sources=[Path("absent")], bottleneck=6),
     AdapterConfig(bottleneck=5),
     HyperFormerConfig(reduction=4),
+    *([LoRAConfig(rank=3), LoRAConfig(rank=3, target_modules="all-linear")] if find_spec("peft") else []),
     AdapterConfig(bottleneck=5, variant="pfeiffer", per_task=False),
 ]
 

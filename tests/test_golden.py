@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mpt": {"length": 3},
     "adapter": {"bottleneck": 4, "init_std": 0.1},
     "hyperformer": {"reduction": 4},
+    "lora": {"rank": 2},
 }
 
 

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from polyprompt.config import (
     FullConfig,
     HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MethodConfig,
     MPTConfig,
     PrefixTuningConfig,
@@ -46,6 +48,7 @@ HYPER: dict[str, Any] = {
     "task_embedding_size": 6,
     "mlp_hidden_size": 7,
 }
+HAS_PEFT = find_spec("peft") is not None
 ABSENT = Path("absent")  # tiny.model gives sources of its own
 CONFIGS: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -89,6 +92,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "adapter pfeiffer": AdapterConfig(bottleneck=4, init_std=0.3, variant="pfeiffer", activation="swish"),
     "hyperformer": HyperFormerConfig(reduction=4, task_embedding_size=6, mlp_hidden_size=7, projected_embedding_size=5),
     "adapter shared": AdapterConfig(bottleneck=4, init_std=0.3, per_task=False, activation="relu"),
+    **({"lora": LoRAConfig(rank=2)} if HAS_PEFT else {}),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -103,6 +107,7 @@ ZERO: dict[str, MethodConfig] = {
     "dept": DePTConfig(length=0, rank=0),
     "attempt": AttemptConfig(length=0),
     "mpt": MPTConfig(length=0),
+    **({"lora": LoRAConfig(rank=0)} if HAS_PEFT else {}),
     "adapter": AdapterConfig(bottleneck=0),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
@@ -123,6 +128,8 @@ def strong(name: str, **keys: Any) -> PromptedModel:
                 weight.mul_(10)
             if parameter == "up_GRH":  # zero at the start
                 weight.normal_(generator=torch.Generator().manual_seed(0))
+            if parameter.startswith("layers.") and ".up." in parameter:  # LoRA's B, zero at the start
+                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return model
 
 
@@ -277,7 +284,7 @@ def test_one_step_moves_declared_parameters_only(name: str, train: bool) -> None
         # Tied entries of the state dict have no parameter name of their own.
         if key in names:
             assert not torch.equal(value, before[key]), key
-        elif not train:
+        elif not train and "lora_" not in key:  # the method's modules, by their name in the backbone
             assert torch.equal(value, before[key]), key
 
 
@@ -439,6 +446,8 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "attempt"}, "method.sources", "[]", "at least one bundle"),
         ({"name": "mpt", "task_std": 0}, "method.task_std", "0", "greater than 0"),
         ({"name": "hyperformer", "reduction": 25}, "method.reduction", "25", "between 1 and"),
+        ({"name": "lora", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
+        ({"name": "lora", "dropout": 1}, "method.dropout", "1", "less than 1"),
         ({"name": "adapter", "bottleneck": -1}, "method.bottleneck", "-1", "greater than or equal to 0"),
         ({"name": "adapter", "variant": "parallel"}, "method.variant", "parallel", "'houlsby' or 'pfeiffer'"),
         ({"name": "adapter", "activation": "elu"}, "method.activation", "elu", "'gelu', 'gelu_new', 'relu' or 'swish'"),
@@ -1228,3 +1237,60 @@ def test_hyperformer_counts_of_the_paper() -> None:
     assert added == 5_163_440
     assert 1 + added / 222.9e6 == pytest.approx(1.02, abs=5e-3)
     assert added / 8 / 222.9e6 == pytest.approx(0.0029, abs=5e-5)
+
+
+# LoRA
+
+needs_peft = pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed: it is in the dev extra")
+
+
+@needs_peft
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+@torch.no_grad()
+def test_lora_is_the_formula(family: str) -> None:
+    """W + (alpha / rank)·B·A in the place of W."""
+    model, plain = tiny.model(LoRAConfig(rank=2, alpha=6), family), tiny.plain(family)
+    layers = dict(model.method.get_submodule("layers").named_children())
+    assert len(layers) == (14 if family == "t5" else 2)  # q and v of 3 + 2·2 attentions; c_attn of 2
+    for name, layer in layers.items():
+        layer.up.weight.normal_()
+        update = 3 * layer.up.weight @ layer.down.weight
+        weight = plain.get_submodule(name.replace("/", ".")).weight
+        weight.add_(update if family == "t5" else update.T)
+    input_ids, mask, labels, _ = tiny.batch()
+    nll = model(*tiny.batch()).nll_B
+    for row in range(6):
+        words, target = input_ids[row, mask[row] == 1], labels[row, labels[row] != -100]
+        if family == "t5":
+            expected = plain(input_ids=words[None], labels=target[None]).loss
+        else:
+            scored = torch.cat([torch.full_like(words, -100), target])
+            expected = plain(input_ids=torch.cat([words, target])[None], labels=scored[None]).loss
+        torch.testing.assert_close(nll[row], expected * len(target), atol=1e-4, rtol=1e-4)
+
+
+@needs_peft
+def test_lora_starts_as_the_plain_backbone_and_counts_rank_times_both_sides() -> None:
+    model = tiny.model(LoRAConfig(rank=2), train=False)
+    assert torch.equal(model(*tiny.batch()).nll_B, tiny.model(FullConfig())(*tiny.batch()).nll_B)
+    counts, plain = model.num_parameters(), tiny.model(FullConfig()).num_parameters()
+    assert counts.method == counts.trained == 14 * 2 * (16 + 12)
+    assert counts.backbone == plain.backbone
+    assert set(model.named_groups()) == {"adapter"}
+    assert all(name.startswith("method.layers.") for name in model.trained_state())
+
+
+@needs_peft
+def test_lora_takes_target_modules_and_refuses_strangers() -> None:
+    named = tiny.model(LoRAConfig(rank=2, target_modules=["wo"]))
+    assert len(list(named.method.get_submodule("layers").children())) == 5
+    every = tiny.model(LoRAConfig(rank=2, target_modules="all-linear"), "llama")
+    assert len(list(every.method.get_submodule("layers").children())) == 14
+    with pytest.raises(ConfigError, match=r"method.target_modules=\['c_attn'\].*\[q, v\] for T5"):
+        tiny.model(LoRAConfig(rank=2, target_modules=["c_attn"]))
+
+
+def test_lora_without_peft_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polyprompt.method_configs.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"method.name=lora needs the package peft.*pip install 'polyprompt\[peft\]'"):
+        check({"method": "lora", "tasks": ["a/b"]})

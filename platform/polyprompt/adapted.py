@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, relu, silu
 
 from polyprompt.method_configs import Activation
-from polyprompt.methods.base import Adapters, Place, Prompts, Stack
+from polyprompt.methods.base import Adapters, Place, Prompts
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 _prompts: ContextVar[Prompts | None] = ContextVar("prompts of the layer that runs", default=None)
 
 
-def tag(stack: Stack, layer: int, attention: nn.Module, feed_forward: nn.Module) -> None:
+def tag(stack: str, layer: int, attention: nn.Module, feed_forward: nn.Module) -> None:
     """Let adapters of this layer act behind the two modules. Their outputs are what is added to the residual."""
     attention.register_forward_pre_hook(_enter, with_kwargs=True)
     attention.register_forward_hook(partial(_adapt, stack, layer, "attention"))
@@ -44,7 +44,7 @@ def _leave(module: nn.Module, args: tuple, output: Tensor) -> None:
     _prompts.set(None)
 
 
-def _adapt(stack: Stack, layer: int, place: Place, module: nn.Module, args: tuple, output: Any) -> Any:
+def _adapt(stack: str, layer: int, place: Place, module: nn.Module, args: tuple, output: Any) -> Any:
     """A forward hook: None leaves the output as it is."""
     prompts = _prompts.get()
     adapters = None if prompts is None else prompts.adapters.get(stack)

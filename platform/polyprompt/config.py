@@ -28,6 +28,7 @@ from polyprompt.method_configs import (
     FullConfig,
     HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MPTConfig,
     ParameterGroup,
     PrefixTuningConfig,
@@ -87,7 +88,8 @@ MethodConfig = Annotated[
     | AttemptConfig
     | MPTConfig
     | AdapterConfig
-    | HyperFormerConfig,
+    | HyperFormerConfig
+    | LoRAConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(

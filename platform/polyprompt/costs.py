@@ -13,6 +13,9 @@ read. With grouped-query attention its keys and values have a smaller A', heads 
 
     layer          (2·H·A + 2·H·A' + f·H·F)·X + 2·A·X·(X + P)
 
+LoRA adds rank times (inputs + outputs) of a map for each token that the map reads; it is counted as it is trained,
+beside the map, though it could be merged into it.
+
 One multiply-add is two operations. Norms, activations, softmax and embedding look-ups are left out, and so are
 hypernetworks: what they make depends on the task alone, so it is computed once, not for each prediction.
 """
@@ -44,7 +47,13 @@ def _encoder_decoder(model: PromptedModel, inputs: int, targets: int, lengths: M
     encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + feed_forward)
     own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + feed_forward)
     cross = 2 * projection * (targets + inputs) + 2 * inner * targets * inputs
-    return config.num_layers * encoder + config.num_decoder_layers * (own + cross)
+    # Cross-attention makes its keys and values of the input.
+    of_input = ("EncDecAttention.k", "EncDecAttention.v")
+    joined = sum(
+        cost * (inputs if name.startswith("encoder.") or name.endswith(of_input) else targets)
+        for name, cost in model.method.module_multiply_adds().items()
+    )
+    return config.num_layers * encoder + config.num_decoder_layers * (own + cross) + joined
 
 
 def _decoder_only(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:
@@ -59,7 +68,8 @@ def _decoder_only(model: PromptedModel, inputs: int, targets: int, lengths: Mapp
         feed_forward = 3 * hidden * config.intermediate_size
     feed_forward += model.method.layer_multiply_adds
     attention = 2 * inner * (tokens + lengths.get("method.decoder_length", 0))
-    return stack.num_layers * tokens * (2 * hidden * (inner + narrow) + attention + feed_forward)
+    layer = 2 * hidden * (inner + narrow) + attention + feed_forward
+    return tokens * (stack.num_layers * layer + sum(model.method.module_multiply_adds().values()))
 
 
 def median_lengths(data: Sequence[AnyData]) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """The config sections of the methods: a part of config.py."""
 
-from typing import Literal, Self
+from importlib.util import find_spec
+from typing import Annotated, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from polyprompt.section import AbsolutePath, Section
 
@@ -266,3 +267,24 @@ class HyperFormerConfig(MethodSection):
     #: t: size of what it joins them to.
     projected_embedding_size: PositiveInt = 64
     activation: Activation = "gelu_new"
+
+
+class LoRAConfig(MethodSection):
+    """Low-rank updates of linear maps of the backbone (Hu et al. 2021), by PEFT, whose defaults these are."""
+
+    name: Literal["lora"] = "lora"
+    rank: NonNegativeInt = 8
+    #: The update is multiplied by alpha / rank.
+    alpha: PositiveFloat = 8.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    #: Ends of the names of the backbone's linear modules; all-linear: every one but the output layer. None: PEFT's
+    #: choice for the family (q and v of T5, c_attn of GPT-2, q_proj and v_proj of Llama and Qwen).
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] | None = None
+
+    @model_validator(mode="after")
+    def _peft_is_there(self) -> "LoRAConfig":
+        if find_spec("peft") is None:
+            raise ValueError(
+                "method.name=lora needs the package peft, which is not installed: pip install 'polyprompt[peft]'"
+            )
+        return self

@@ -52,8 +52,10 @@ class PromptedModel(nn.Module):
     def __init__(self, backbone: Backbone, method: Method) -> None:
         """Join the two; a method that starts from the vocabulary is given it here."""
         super().__init__()
-        self.backbone = backbone
+        # First: a module that both hold is named, and counted, as the method's.
         self.method = method
+        self.backbone = backbone
+        method.join(backbone.model)
         method.initialise(backbone.ordinary_embeddings())
 
     def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Loss:
@@ -118,7 +120,7 @@ class PromptedModel(nn.Module):
         return Counts(
             trained=sum(p.numel() for p in self._trained().values()),
             method=sum(p.numel() for p in self.method.parameters()),
-            backbone=sum(p.numel() for p in self.backbone.parameters()),
+            backbone=sum(p.numel() for name, p in self.named_parameters() if name.startswith("backbone.")),
         )
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -145,7 +147,9 @@ class PromptedModel(nn.Module):
             parameter.copy_(state[name])
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Return the trained parameters, the backbone's first."""
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return dict(sorted(trained, key=lambda pair: pair[0].startswith("method.")))
 
     def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
         x_BTH = self.backbone.embed(input_ids_BT)

@@ -12,6 +12,7 @@ from polyprompt.config import (
     FullConfig,
     HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MethodConfig,
     MPTConfig,
     PrefixTuningConfig,
@@ -28,6 +29,7 @@ from polyprompt.methods.dept import DePT
 from polyprompt.methods.full import Full
 from polyprompt.methods.hyperformer import HyperFormer
 from polyprompt.methods.hyperprompt import HyperPrompt
+from polyprompt.methods.lora import LoRA
 from polyprompt.methods.mpt import MPT
 from polyprompt.methods.p_tuning import PTuning
 from polyprompt.methods.prefix_tuning import PrefixTuning
@@ -70,6 +72,8 @@ def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | 
                 return Adapter(config, dims)
             case HyperFormerConfig():
                 return HyperFormer(config, dims)
+            case LoRAConfig():
+                return LoRA(config, seed=seed)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -108,6 +112,8 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
         case HyperFormerConfig():
             stacks = [stack for stack in (dims.encoder, dims.decoder) if stack is not None]
             return num_tasks * config.task_embedding_size + sum(_hyperformer(config, dims, stack) for stack in stacks)
+        case LoRAConfig():
+            return 0  # it gets its parameters where it is joined to a backbone, by the backbone's modules
 
 
 def _routers(config: RoutingConfig, dims: Dims) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.config import AdapterConfig
-from polyprompt.methods.base import Adapters, Dims, Method, ParameterGroup, Place, Prompts, Stack, StackDims
+from polyprompt.methods.base import Adapters, Dims, Method, ParameterGroup, Place, Prompts, StackDims
 
 PLACES: dict[str, tuple[Place, ...]] = {"houlsby": ("attention", "feed_forward"), "pfeiffer": ("feed_forward",)}
 
@@ -31,7 +31,7 @@ class Adapter(Method):
         super().__init__()
         self.config = config
         self.task_aware = config.per_task and config.bottleneck > 0
-        stacks: dict[Stack, StackDims | None] = {"encoder": dims.encoder, "decoder": dims.decoder}
+        stacks: dict[str, StackDims | None] = {"encoder": dims.encoder, "decoder": dims.decoder}
         self.stacks = nn.ModuleDict(
             {name: StackAdapters(config, dims, stack) for name, stack in stacks.items() if stack and config.bottleneck}
         )

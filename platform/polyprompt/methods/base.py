@@ -7,13 +7,12 @@ J places of a layer, G sets of adapters, R bottleneck.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from polyprompt.method_configs import Activation, ParameterGroup
 
-Stack = Literal["encoder", "decoder"]
 #: Behind which part of a layer an adapter stands; never behind cross-attention.
 Place = Literal["attention", "feed_forward"]
 
@@ -77,7 +76,7 @@ class Prompts:
 
     inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
     different length (None: all). embeddings_BTH: what the input embeddings become (None: they stay).
-    encoder, decoder: prepended to the keys and values of self-attention. adapters: of each stack, behind its parts.
+    encoder, decoder: prepended to the keys and values of self-attention. adapters: of each stack, by its name.
     aux: statistics by name, detached, [B, routed prompts] each, rows adding up to 1. "router/probability": the router's
     softmax without noise; "router/share": what each prompt is of the row's prompt without noise, as in prediction;
     "router/load": the same as used here, noise and all.
@@ -91,7 +90,7 @@ class Prompts:
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     penalty_B: Tensor | None = None
     embeddings_BTH: Tensor | None = None
-    adapters: Mapping[Stack, Adapters] = field(default_factory=dict)
+    adapters: Mapping[str, Adapters] = field(default_factory=dict)
 
 
 class Method(nn.Module, ABC):
@@ -127,6 +126,13 @@ class Method(nn.Module, ABC):
     def input_prompts(self) -> Tensor | None:
         """Return the trained prompts [prompts, P, H] before the input that may start from given vectors, if any."""
         return None
+
+    def join(self, model: Any) -> None:
+        """Put modules of the method's own into the backbone's model. Called once, before training."""
+
+    def module_multiply_adds(self) -> Mapping[str, int]:
+        """Return the multiply-adds that `join` added to modules of the backbone, by name, for each token they read."""
+        return {}
 
     def initialise(self, embedding_VH: Tensor) -> None:
         """Set parameters that start from the backbone's vocabulary. Called once, before training.

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from polyprompt.config import HyperFormerConfig
 from polyprompt.errors import ConfigError
-from polyprompt.methods.base import Adapters, Dims, Method, ParameterGroup, Place, Prompts, Stack, StackDims
+from polyprompt.methods.base import Adapters, Dims, Method, ParameterGroup, Place, Prompts, StackDims
 
 PLACES: tuple[Place, ...] = ("attention", "feed_forward")
 #: Standard deviation of all linear maps at the start, as in the authors' code.
@@ -40,7 +40,7 @@ class HyperFormer(Method):
                 "the bottleneck is hidden size / reduction and needs at least one unit. Lower method.reduction"
             )
         self.task_KY = nn.Parameter(torch.randn(dims.num_tasks, config.task_embedding_size))
-        stacks: dict[Stack, StackDims | None] = {"encoder": dims.encoder, "decoder": dims.decoder}
+        stacks: dict[str, StackDims | None] = {"encoder": dims.encoder, "decoder": dims.decoder}
         self.stacks = nn.ModuleDict(
             {name: StackHypernetwork(config, dims, stack) for name, stack in stacks.items() if stack}
         )
