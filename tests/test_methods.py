@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from polyprompt import methods
 from polyprompt.config import (
+    AdapterConfig,
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MethodConfig,
     MPTConfig,
     PrefixTuningConfig,
@@ -44,6 +48,7 @@ HYPER: dict[str, Any] = {
     "task_embedding_size": 6,
     "mlp_hidden_size": 7,
 }
+HAS_PEFT = find_spec("peft") is not None
 ABSENT = Path("absent")  # tiny.model gives sources of its own
 CONFIGS: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -85,6 +90,11 @@ CONFIGS: dict[str, MethodConfig] = {
     "attempt shared": AttemptConfig(length=4, sources=[ABSENT], bottleneck=5, per_task=False, temperature=1.0),
     "mpt": MPTConfig(length=4),
     "mpt normal": MPTConfig(length=4, init="normal"),
+    "adapter": AdapterConfig(bottleneck=4, init_std=0.3),
+    "adapter pfeiffer": AdapterConfig(bottleneck=4, init_std=0.3, variant="pfeiffer", activation="swish"),
+    "hyperformer": HyperFormerConfig(reduction=4, task_embedding_size=6, mlp_hidden_size=7, projected_embedding_size=5),
+    "adapter shared": AdapterConfig(bottleneck=4, init_std=0.3, per_task=False, activation="relu"),
+    **({"lora": LoRAConfig(rank=2)} if HAS_PEFT else {}),
 }
 ZERO: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -99,6 +109,8 @@ ZERO: dict[str, MethodConfig] = {
     "dept": DePTConfig(length=0, rank=0),
     "attempt": AttemptConfig(length=0),
     "mpt": MPTConfig(length=0),
+    **({"lora": LoRAConfig(rank=0)} if HAS_PEFT else {}),
+    "adapter": AdapterConfig(bottleneck=0),
 }
 WIDE = Dims(hidden=24, encoder=StackDims(3, 5, 8), decoder=StackDims(2, 5, 8), num_tasks=4)
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -114,10 +126,12 @@ def strong(name: str, **keys: Any) -> PromptedModel:
     model = tiny.model(CONFIGS[name], **keys)
     with torch.no_grad():
         for parameter, weight in model.method.named_parameters():
-            if "up_" in parameter:
+            if "up_" in parameter or parameter.endswith("scale.weight"):
                 weight.mul_(10)
             if parameter == "up_GRH":  # zero at the start
                 weight.normal_(generator=torch.Generator().manual_seed(0))
+            if parameter.startswith("layers.") and ".up." in parameter:  # LoRA's B, zero at the start
+                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return model
 
 
@@ -133,6 +147,10 @@ def tensors(prompts: Prompts) -> dict[str, Tensor]:
                 f"{stack} keys": made.keys_LBNPD.transpose(0, 1),
                 f"{stack} values": made.values_LBNPD.transpose(0, 1),
             }
+    for stack, adapters in prompts.adapters.items():
+        for key, weights in vars(adapters).items():
+            if key.startswith(("down", "up", "scale", "shift")) and weights is not None:
+                found[f"{stack} {key}"] = weights[:, :, adapters.owner_B].movedim(2, 0)
     return found
 
 
@@ -155,6 +173,17 @@ def test_shapes_are_as_declared(name: str) -> None:
     if isinstance(config, DePTConfig):
         expected |= {"inputs": (6, config.length, 16)} if config.length else {}
         expected["embeddings"] = (6, 9, 16)
+    if isinstance(config, AdapterConfig):
+        for stack, num_layers in (("encoder", 3), ("decoder", 2)):
+            lead = (6, num_layers, 1 if config.variant == "pfeiffer" else 2)
+            expected |= {f"{stack} down_LJGHR": (*lead, 16, 4), f"{stack} down_bias_LJGR": (*lead, 4)}
+            expected |= {f"{stack} up_LJGRH": (*lead, 4, 16), f"{stack} up_bias_LJGH": (*lead, 16)}
+    if isinstance(config, HyperFormerConfig):
+        for stack, num_layers in (("encoder", 3), ("decoder", 2)):
+            lead = (6, num_layers, 2)
+            expected |= {f"{stack} down_LJGHR": (*lead, 16, 4), f"{stack} up_LJGRH": (*lead, 4, 16)}
+            expected |= {f"{stack} {k}": (*lead, 16) for k in ("up_bias_LJGH", "scale_LJGH", "shift_LJGH")}
+            expected[f"{stack} down_bias_LJGR"] = (*lead, 4)
     model = tiny.model(config)
     assert {k: tuple(v.shape) for k, v in prompts_of(model).items()} == expected
     assert model.method.input_length == (expected["inputs"][1] if "inputs" in expected else 0)
@@ -258,7 +287,7 @@ def test_one_step_moves_declared_parameters_only(name: str, train: bool) -> None
         # Tied entries of the state dict have no parameter name of their own.
         if key in names:
             assert not torch.equal(value, before[key]), key
-        elif not train:
+        elif not train and "lora_" not in key:  # the method's modules, by their name in the backbone
             assert torch.equal(value, before[key]), key
 
 
@@ -424,6 +453,12 @@ def test_prompts_change_the_output(name: str) -> None:
         ({"name": "dept", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
         ({"name": "attempt"}, "method.sources", "[]", "at least one bundle"),
         ({"name": "mpt", "task_std": 0}, "method.task_std", "0", "greater than 0"),
+        ({"name": "hyperformer", "reduction": 25}, "method.reduction", "25", "between 1 and"),
+        ({"name": "lora", "rank": -1}, "method.rank", "-1", "greater than or equal to 0"),
+        ({"name": "lora", "dropout": 1}, "method.dropout", "1", "less than 1"),
+        ({"name": "adapter", "bottleneck": -1}, "method.bottleneck", "-1", "greater than or equal to 0"),
+        ({"name": "adapter", "variant": "parallel"}, "method.variant", "parallel", "'houlsby' or 'pfeiffer'"),
+        ({"name": "adapter", "activation": "elu"}, "method.activation", "elu", "'gelu', 'gelu_new', 'relu' or 'swish'"),
     ],
 )
 def test_an_invalid_config_names_field_value_and_range(table: dict, field: str, value: str, allowed: str) -> None:
@@ -1061,3 +1096,251 @@ def test_mpt_counts_on_t5_base() -> None:
     config = MPTConfig(length=100)
     one, two = (methods.expected_parameters(config, Dims(768, stack, stack, num_tasks=n)) for n in (1, 2))
     assert (one, two - one) == (76_800 + 868, 868)
+
+
+# Adapters
+
+SLOW_ACTIVATIONS = {
+    "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / 2**0.5)),
+    "gelu_new": lambda z: 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
+    "relu": lambda z: z.clamp(min=0),
+    "swish": lambda z: z / (1 + (-z).exp()),
+}
+
+
+def adapter_parts(plain: Any, stack: str) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Self-attention and feed-forward of every layer of transformers' own model."""
+    if hasattr(plain, "encoder"):
+        return [(b.layer[0].SelfAttention, b.layer[-1].DenseReluDense) for b in getattr(plain, stack).block]
+    blocks = plain.transformer.h if hasattr(plain, "transformer") else plain.model.layers
+    return [(b.attn if hasattr(b, "attn") else b.self_attn, b.mlp) for b in blocks] if stack == "decoder" else []
+
+
+def slow_bottleneck(made: dict[str, Tensor], activation: str, y_BTH: Tensor) -> Tensor:
+    """The formula for one set of weights, number by number of the added vector."""
+    down, up = made["down_LJGHR"], made["up_LJGRH"]
+    squeezed = [(y_BTH * column).sum(-1) + b for column, b in zip(down.T, made["down_bias_LJGR"], strict=True)]
+    squeezed = [SLOW_ACTIVATIONS[activation](z) for z in squeezed]
+    added = made["up_bias_LJGH"] + sum(z[..., None] * row for z, row in zip(squeezed, up, strict=True))
+    if "scale_LJGH" in made:
+        centred = added - added.mean(-1, keepdim=True)
+        added = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * made["scale_LJGH"]
+        added = added + made["shift_LJGH"]
+    return y_BTH + added
+
+
+def slow_adapted_nll(model: PromptedModel, row: int, family: str, activation: str, pfeiffer: bool) -> Tensor:
+    """The loss of one row by transformers' own model, the row's adapters applied by `slow_bottleneck`."""
+    plain, (input_ids, mask, labels, _) = tiny.plain(family), tiny.batch()
+    made = {key: weights[row] for key, weights in prompts_of(model).items()}
+    for stack in ("encoder", "decoder"):
+        for layer, parts in enumerate(adapter_parts(plain, stack)):
+            for number, part in enumerate(parts[1:] if pfeiffer else parts):
+                own = {k.split()[1]: w[layer, number] for k, w in made.items() if k.startswith(stack)}
+
+                def hook(module: Any, args: Any, output: Any, own: dict[str, Tensor] = own) -> Any:
+                    if isinstance(output, tuple):
+                        return (slow_bottleneck(own, activation, output[0]), *output[1:])
+                    return slow_bottleneck(own, activation, output)
+
+                part.register_forward_hook(hook)
+    words, target = input_ids[row, mask[row] == 1], labels[row, labels[row] != -100]
+    if family.startswith("t5"):
+        return plain(input_ids=words[None], labels=target[None]).loss * len(target)
+    unscored = torch.full_like(words, -100)
+    ids, scored = torch.cat([words, target]), torch.cat([unscored, target])
+    return plain(input_ids=ids[None], labels=scored[None]).loss * len(target)
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("adapter")])
+@pytest.mark.parametrize("family", ["t5", "t5_v1_1", "gpt2", "llama"])
+@torch.no_grad()
+def test_adapter_is_the_formula(name: str, family: str) -> None:
+    model, config = tiny.model(CONFIGS[name], family), CONFIGS[name]
+    assert isinstance(config, AdapterConfig)
+    for parameter, weight in model.method.named_parameters():
+        if "bias" in parameter:  # zero at the start
+            weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    nll = model(*tiny.batch()).nll_B
+    assert (nll - tiny.model(FullConfig(), family)(*tiny.batch()).nll_B).abs().min() > 1e-3
+    for row in (0, 1, 5):
+        expected = slow_adapted_nll(model, row, family, config.activation, config.variant == "pfeiffer")
+        torch.testing.assert_close(nll[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_adapters_start_near_the_plain_backbone() -> None:
+    model = tiny.model(AdapterConfig())
+    for name, weight in model.method.named_parameters():
+        assert weight.abs().max() <= (0 if "bias" in name else 0.02)
+    torch.testing.assert_close(
+        model(*tiny.batch()).nll_B, tiny.model(FullConfig())(*tiny.batch()).nll_B, rtol=1e-3, atol=0
+    )
+
+
+def test_adapter_counts_beside_t5_base() -> None:
+    """Bottleneck 24 for eight tasks is 1.07 times T5-base with 0.82 % a task, layer normalisations among them."""
+    stack, norms = StackDims(12, 12, 64), 62 * 768
+    dims = Dims(768, stack, stack, num_tasks=8)
+    added = methods.expected_parameters(AdapterConfig(bottleneck=24), dims)
+    assert 1 + added / 222.9e6 == pytest.approx(1.065, abs=5e-4)
+    assert (added / 8 + norms) / 222.9e6 == pytest.approx(0.0083, abs=1e-4)
+    assert methods.expected_parameters(AdapterConfig(bottleneck=24, variant="pfeiffer"), dims) * 2 == added
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "qwen3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layer_normalisations_alone_can_be_trained_beside_a_method(family: str, precision: str) -> None:
+    model = tiny.model(CONFIGS["adapter"], family, train="layer_norms", precision=precision)
+    trained = {name for name in model.trained_state() if name.startswith("backbone.")}
+    assert trained
+    assert all("norm" in name or ".ln_" in name for name in trained)
+    assert len(trained) == len([n for n, _ in model.backbone.named_parameters() if "norm" in n or ".ln_" in n])
+    assert all(model.trained_state()[name].dtype == torch.float32 for name in trained)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        model(*tiny.batch()).total.backward()
+    for name, weight in model.backbone.named_parameters():
+        assert (weight.grad is not None) == (f"backbone.{name}" in trained), name
+    assert set(model.named_groups()) == {"adapter", "backbone"}
+    other = tiny.model(CONFIGS["adapter"], family, train="layer_norms", seed=2)
+    other.load_trained_state(model.trained_state())
+
+
+def test_the_recipe_says_that_layer_normalisations_are_trained() -> None:
+    config = check({"method": "adapter", "tasks": ["a/b"], "backbone": {"trainable": "layer_norms"}})
+    assert config.train_backbone == "layer_norms"
+    assert check({"method": "adapter", "tasks": ["a/b"]}).train_backbone is False
+    with pytest.raises(ConfigError, match=r"backbone.trainable.*'layer_norms'"):
+        check({"method": "adapter", "tasks": ["a/b"], "backbone": {"trainable": "heads"}})
+
+
+# HyperFormer++
+
+
+def slow_hyperformer(model: PromptedModel, stack: str, layer: int, place: int, task: int) -> dict[str, Tensor]:
+    """The weights of one adapter, from the formula."""
+    method = model.method
+    weight = {name: parameter for name, parameter in method.named_parameters() if name.startswith(f"stacks.{stack}")}
+    own = {name.removeprefix(f"stacks.{stack}."): parameter for name, parameter in weight.items()}
+    joined = torch.cat([method.get_parameter("task_KY")[task], own["layer_MY"][layer], own["place_JY"][place]])
+    hidden = torch.stack([(joined * w).sum() + b for w, b in zip(own["mlp.0.weight"], own["mlp.0.bias"], strict=True)])
+    joint = own["mlp.2.weight"] @ hidden.clamp(min=0) + own["mlp.2.bias"]
+    joint = (joint - joint.mean()) / ((joint - joint.mean()).pow(2).mean() + 1e-6).sqrt()
+    joint = joint * own["mlp.3.weight"] + own["mlp.3.bias"]
+
+    def made(name: str) -> Tensor:
+        pairs = zip(own[f"{name}.weight"], own[f"{name}.bias"], strict=True)
+        return torch.stack([(joint * w).sum() + b for w, b in pairs])
+
+    return {
+        "down_LJGHR": made("down").view(16, 4), "down_bias_LJGR": made("down_bias"),
+        "up_LJGRH": made("up").view(4, 16), "up_bias_LJGH": made("up_bias"),
+        "scale_LJGH": made("scale"), "shift_LJGH": made("shift"),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def randomise(model: PromptedModel) -> None:
+    """Make everything of the method large, biases included."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.method.parameters():
+        weight.normal_(0, 0.5, generator=generator)
+
+
+@torch.no_grad()
+def test_hyperformer_makes_its_adapters_by_the_formula() -> None:
+    model, task = tiny.model(CONFIGS["hyperformer"]), tiny.batch()[3]
+    randomise(model)
+    made = prompts_of(model)
+    for stack, num_layers in (("encoder", 3), ("decoder", 2)):
+        for layer, place, row in itertools.product(range(num_layers), range(2), (0, 1, 5)):
+            for key, expected in slow_hyperformer(model, stack, layer, place, int(task[row])).items():
+                torch.testing.assert_close(made[f"{stack} {key}"][row, layer, place], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
+@torch.no_grad()
+def test_hyperformer_applies_its_adapters_by_the_formula(family: str) -> None:
+    config = HyperFormerConfig(reduction=3, task_embedding_size=6, mlp_hidden_size=7, projected_embedding_size=5)
+    model = tiny.model(config, family)
+    randomise(model)
+    nll = model(*tiny.batch()).nll_B
+    for row in (0, 1, 5):
+        expected = slow_adapted_nll(model, row, family, "gelu_new", pfeiffer=False)
+        torch.testing.assert_close(nll[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hyperformer_starts_near_the_plain_backbone_and_is_it_where_scale_and_shift_are_zero() -> None:
+    model, plain = tiny.model(CONFIGS["hyperformer"]), tiny.model(FullConfig())(*tiny.batch()).nll_B
+    torch.testing.assert_close(model(*tiny.batch()).nll_B, plain, rtol=0.05, atol=0)
+    for name, weight in model.method.named_parameters():
+        if "scale" in name or "shift" in name:
+            weight.zero_()
+    assert torch.equal(model(*tiny.batch()).nll_B, plain)
+
+
+def test_hyperformer_counts_of_the_paper() -> None:
+    """T5-base, eight tasks, reduction 32: 1.02 times the model, 0.29 % a task."""
+    stack = StackDims(12, 12, 64)
+    added = methods.expected_parameters(HyperFormerConfig(), Dims(768, stack, stack, num_tasks=8))
+    assert added == 5_163_440
+    assert 1 + added / 222.9e6 == pytest.approx(1.02, abs=5e-3)
+    assert added / 8 / 222.9e6 == pytest.approx(0.0029, abs=5e-5)
+
+
+# LoRA
+
+needs_peft = pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed: it is in the dev extra")
+
+
+@needs_peft
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+@torch.no_grad()
+def test_lora_is_the_formula(family: str) -> None:
+    """W + (alpha / rank)·B·A in the place of W."""
+    model, plain = tiny.model(LoRAConfig(rank=2, alpha=6), family), tiny.plain(family)
+    layers = dict(model.method.get_submodule("layers").named_children())
+    assert len(layers) == (14 if family == "t5" else 2)  # q and v of 3 + 2·2 attentions; c_attn of 2
+    for name, layer in layers.items():
+        layer.up.weight.normal_()
+        update = 3 * layer.up.weight @ layer.down.weight
+        weight = plain.get_submodule(name.replace("/", ".")).weight
+        weight.add_(update if family == "t5" else update.T)
+    input_ids, mask, labels, _ = tiny.batch()
+    nll = model(*tiny.batch()).nll_B
+    for row in range(6):
+        words, target = input_ids[row, mask[row] == 1], labels[row, labels[row] != -100]
+        if family == "t5":
+            expected = plain(input_ids=words[None], labels=target[None]).loss
+        else:
+            scored = torch.cat([torch.full_like(words, -100), target])
+            expected = plain(input_ids=torch.cat([words, target])[None], labels=scored[None]).loss
+        torch.testing.assert_close(nll[row], expected * len(target), atol=1e-4, rtol=1e-4)
+
+
+@needs_peft
+def test_lora_starts_as_the_plain_backbone_and_counts_rank_times_both_sides() -> None:
+    model = tiny.model(LoRAConfig(rank=2), train=False)
+    assert torch.equal(model(*tiny.batch()).nll_B, tiny.model(FullConfig())(*tiny.batch()).nll_B)
+    counts, plain = model.num_parameters(), tiny.model(FullConfig()).num_parameters()
+    assert counts.method == counts.trained == 14 * 2 * (16 + 12)
+    assert counts.backbone == plain.backbone
+    assert set(model.named_groups()) == {"adapter"}
+    assert all(name.startswith("method.layers.") for name in model.trained_state())
+
+
+@needs_peft
+def test_lora_takes_target_modules_and_refuses_strangers() -> None:
+    named = tiny.model(LoRAConfig(rank=2, target_modules=["wo"]))
+    assert len(list(named.method.get_submodule("layers").children())) == 5
+    every = tiny.model(LoRAConfig(rank=2, target_modules="all-linear"), "llama")
+    assert len(list(every.method.get_submodule("layers").children())) == 14
+    with pytest.raises(ConfigError, match=r"method.target_modules=\['c_attn'\].*\[q, v\] for T5"):
+        tiny.model(LoRAConfig(rank=2, target_modules=["c_attn"]))
+
+
+def test_lora_without_peft_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polyprompt.method_configs.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"method.name=lora needs the package peft.*pip install 'polyprompt\[peft\]'"):
+        check({"method": "lora", "tasks": ["a/b"]})

@@ -4,7 +4,7 @@ import copy
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -123,12 +123,16 @@ def plain(family: str | None = None, attention: str = "sdpa") -> Any:
 
 
 @functools.cache
-def _loaded(family: str, train: bool, precision: Any, keys: tuple[tuple[str, Any], ...]) -> backbone.Backbone:
+def _loaded(
+    family: str, train: bool | Literal["layer_norms"], precision: Any, keys: tuple[tuple[str, Any], ...]
+) -> backbone.Backbone:
     config = BackboneConfig(name=str(folder(family)), **dict(keys))
     return backbone.load(config, train=train, precision=precision, seed=0)
 
 
-def load(family: str | None = None, *, train: bool = True, precision: Any = "fp32", **keys: Any) -> backbone.Backbone:
+def load(
+    family: str | None = None, *, train: bool | Literal["layer_norms"] = True, precision: Any = "fp32", **keys: Any
+) -> backbone.Backbone:
     """Return a fresh copy of the tiny backbone; the keys are those of BackboneConfig."""
     return copy.deepcopy(_loaded(family or default_family, train, precision, tuple(sorted(keys.items()))))
 
@@ -145,7 +149,7 @@ def model(
     config: MethodConfig,
     family: str | None = None,
     *,
-    train: bool = True,
+    train: bool | Literal["layer_norms"] = True,
     precision: Any = "fp32",
     seed: int = 0,
     **keys: Any,

@@ -88,6 +88,10 @@ class Backbone(nn.Module, ABC):
         """Return x_BTH."""
         return self.model.get_input_embeddings()(input_ids_BT)
 
+    def layer_norms(self) -> list[nn.Module]:
+        """Return the layer normalisations, of whatever kind."""
+        return [m for m in self.model.modules() if type(m).__name__.endswith(("LayerNorm", "RMSNorm"))]
+
     def ordinary_embeddings(self) -> Tensor:
         """Return the embeddings of the pieces that are no special tokens, in the order of their ids."""
         special = set(self.tokenizer.all_special_ids)

@@ -21,10 +21,13 @@ from pydantic import (
 )
 
 from polyprompt.method_configs import (
+    AdapterConfig,
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MPTConfig,
     ParameterGroup,
     PrefixTuningConfig,
@@ -54,8 +57,8 @@ class BackboneConfig(Section):
     gguf_file: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too. None: as the method's paper does (full and the hyperprompts: yes; the rest: no).
-    trainable: bool | None = None
+    #: Train the backbone too, or its layer normalisations alone. None: full and the hyperprompts: yes; the rest: no.
+    trainable: bool | Literal["layer_norms"] | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -83,7 +86,10 @@ MethodConfig = Annotated[
     | PTuningConfig
     | DePTConfig
     | AttemptConfig
-    | MPTConfig,
+    | MPTConfig
+    | AdapterConfig
+    | HyperFormerConfig
+    | LoRAConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(
@@ -272,8 +278,8 @@ class RunConfig(Section):
         return [t if isinstance(t, str) else t.name for t in self.tasks]
 
     @property
-    def train_backbone(self) -> bool:
-        """Is the backbone trained? As set, or as the method's paper does."""
+    def train_backbone(self) -> bool | Literal["layer_norms"]:
+        """Is the backbone trained, or its layer normalisations alone? As set, or as the method does by default."""
         if self.backbone.trainable is not None:
             return self.backbone.trainable
         return self.method.name in ("full", "hyperprompt", "routed_hyperprompt")

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
+from polyprompt import adapted
 from polyprompt.backbone_base import Backbone, Encoded, with_input_prompts
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
@@ -108,6 +109,7 @@ class DecoderOnly(Backbone):
         for layer, block in enumerate(blocks):
             attention = block.attn if model.config.model_type == "gpt2" else block.self_attn
             attention.prompt_spot = ("decoder", layer)
+            adapted.tag("decoder", layer, attention, block.mlp)
         model.generation_config = GenerationConfig(
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
         )

@@ -1,13 +1,16 @@
 """The config sections of the methods: a part of config.py."""
 
-from typing import ClassVar, Literal, Self, get_args
+from importlib.util import find_spec
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from polyprompt.section import AbsolutePath, Section
 
 #: Parameters of a group share a learning rate.
-ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task"]
+ParameterGroup = Literal["prompt", "router", "hypernetwork", "backbone", "embedding", "task", "adapter"]
+#: gelu_new is the tanh approximation.
+Activation = Literal["gelu", "gelu_new", "relu", "swish"]
 
 
 class MethodSection(Section):
@@ -284,3 +287,54 @@ class MPTConfig(PromptStartConfig):
     #: Of the shared prompt. Not zero: the tasks' vectors would have no gradient.
     init: Literal["vocabulary", "labels", "text", "file", "normal"] = "vocabulary"
     init_std: PositiveFloat = 0.5
+
+
+class AdapterConfig(MethodSection):
+    """Bottlenecks behind the parts of each layer (Houlsby et al. 2019; Pfeiffer et al. 2021)."""
+
+    groups = frozenset({"adapter"})
+    name: Literal["adapter"] = "adapter"
+    #: houlsby: behind self-attention and feed-forward; pfeiffer: behind the feed-forward alone.
+    variant: Literal["houlsby", "pfeiffer"] = "houlsby"
+    per_task: bool = True
+    bottleneck: NonNegativeInt = 64
+    activation: Activation = "gelu"
+    #: Standard deviation of the weights at the start, cut off at two of them; biases start at 0.
+    init_std: PositiveFloat = 0.01
+
+
+class HyperFormerConfig(MethodSection):
+    """Adapters made by a hypernetwork from task, layer and position: HyperFormer++ (Mahabadi et al. 2021)."""
+
+    name: Literal["hyperformer"] = "hyperformer"
+    #: Bottleneck = hidden size / reduction.
+    reduction: PositiveInt = 32
+    #: t': size of the task, layer and position embeddings.
+    task_embedding_size: PositiveInt = 64
+    #: e: hidden size of the MLP that joins them.
+    mlp_hidden_size: PositiveInt = 128
+    #: t: size of what it joins them to.
+    projected_embedding_size: PositiveInt = 64
+    activation: Activation = "gelu_new"
+
+
+class LoRAConfig(MethodSection):
+    """Low-rank updates of linear maps of the backbone (Hu et al. 2021), by PEFT, whose defaults these are."""
+
+    groups = frozenset({"adapter"})
+    name: Literal["lora"] = "lora"
+    rank: NonNegativeInt = 8
+    #: The update is multiplied by alpha / rank.
+    alpha: PositiveFloat = 8.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    #: Ends of the names of the backbone's linear modules; all-linear: every one but the output layer. None: PEFT's
+    #: choice for the family (q and v of T5, c_attn of GPT-2, q_proj and v_proj of Llama and Qwen).
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] | None = None
+
+    @model_validator(mode="after")
+    def _peft_is_there(self) -> "LoRAConfig":
+        if find_spec("peft") is None:
+            raise ValueError(
+                "method.name=lora needs the package peft, which is not installed: pip install 'polyprompt[peft]'"
+            )
+        return self

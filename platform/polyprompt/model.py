@@ -52,8 +52,10 @@ class PromptedModel(nn.Module):
     def __init__(self, backbone: Backbone, method: Method) -> None:
         """Join the two; a method that starts from the vocabulary is given it here."""
         super().__init__()
-        self.backbone = backbone
+        # First: a module that both hold is named, and counted, as the method's.
         self.method = method
+        self.backbone = backbone
+        method.join(backbone.model)
         method.initialise(backbone.ordinary_embeddings())
 
     def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Loss:
@@ -122,7 +124,7 @@ class PromptedModel(nn.Module):
         return Counts(
             trained=sum(p.numel() for p in self._trained().values()),
             method=sum(p.numel() for p in self.method.parameters()),
-            backbone=sum(p.numel() for p in self.backbone.parameters()),
+            backbone=sum(p.numel() for name, p in self.named_parameters() if name.startswith("backbone.")),
         )
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -152,7 +154,9 @@ class PromptedModel(nn.Module):
             parameter.copy_(state[name])
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Return the trained parameters, the backbone's first."""
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return dict(sorted(trained, key=lambda pair: pair[0].startswith("method.")))
 
     def _kept(self) -> dict[str, Tensor]:
         state = self.method.state_dict(prefix="method.", keep_vars=True)
@@ -229,7 +233,8 @@ def check_window(config: RunConfig, task: TextTask, backbone: Backbone, method: 
 
 
 def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:
-    if prompts.decoder is None:
-        return Prompts()
-    keys, values = prompts.decoder.keys_LBNPD, prompts.decoder.values_LBNPD
-    return Prompts(decoder=KeyValues(keys.index_select(1, row_C), values.index_select(1, row_C)))
+    made = prompts.decoder
+    return Prompts(
+        decoder=made and KeyValues(made.keys_LBNPD.index_select(1, row_C), made.values_LBNPD.index_select(1, row_C)),
+        adapters={stack: own.of_rows(row_C) for stack, own in prompts.adapters.items() if stack == "decoder"},
+    )

@@ -1,16 +1,20 @@
 """The seam between what a prompt is (methods/) and how it is glued onto a backbone (backbone.py).
 
-Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L layers, N heads, D head size, K tasks.
+Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L layers, N heads, D head size, K tasks,
+J places of a layer, G sets of adapters, R bottleneck.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from polyprompt.method_configs import ParameterGroup
+from polyprompt.method_configs import Activation, ParameterGroup
+
+#: Behind which part of a layer an adapter stands; never behind cross-attention.
+Place = Literal["attention", "feed_forward"]
 
 Stack = Literal["encoder", "decoder"]
 
@@ -46,12 +50,35 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Bottlenecks behind parts of every layer of one stack, in G sets; owner_B is the set of each row.
+
+    A part's output y, before it is added to the residual, becomes y + norm(act(y·down + bias)·up + bias). norm is a
+    layer normalisation with these scales and shifts, or nothing where there are none. places: what J stands for.
+    """
+
+    places: tuple[Place, ...]
+    activation: Activation
+    owner_B: Tensor
+    down_LJGHR: Tensor
+    down_bias_LJGR: Tensor
+    up_LJGRH: Tensor
+    up_bias_LJGH: Tensor
+    scale_LJGH: Tensor | None = None
+    shift_LJGH: Tensor | None = None
+
+    def of_rows(self, row_C: Tensor) -> "Adapters":
+        """Return those of these rows."""
+        return replace(self, owner_B=self.owner_B[row_C])
+
+
+@dataclass(frozen=True)
 class Prompts:
     """What a method hands the backbone for one batch.
 
     inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
     different length (None: all). embeddings_BTH: what the input embeddings become (None: they stay).
-    encoder, decoder: prepended to the keys and values of self-attention.
+    encoder, decoder: prepended to the keys and values of self-attention. adapters: of each stack, by its name.
     aux: statistics by name, detached, [B, routed prompts] each, rows adding up to 1. "router/probability": the router's
     softmax without noise; "router/share": what each prompt is of the row's prompt without noise, as in prediction;
     "router/load": the same as used here, noise and all.
@@ -65,6 +92,7 @@ class Prompts:
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     penalty_B: Tensor | None = None
     embeddings_BTH: Tensor | None = None
+    adapters: Mapping[str, Adapters] = field(default_factory=dict)
 
 
 class Method(nn.Module, ABC):
@@ -83,6 +111,8 @@ class Method(nn.Module, ABC):
     undecayed: frozenset[str] = frozenset()
     #: Multiply-adds that the method spends on each row, beside a router's; what the task alone decides costs none.
     row_multiply_adds: int = 0
+    #: Multiply-adds that the method spends on each token in each layer.
+    layer_multiply_adds: int = 0
 
     @abstractmethod
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
@@ -104,6 +134,13 @@ class Method(nn.Module, ABC):
     def input_prompts(self) -> Tensor | None:
         """Return the trained prompts [prompts, P, H] before the input that may start from given vectors, if any."""
         return None
+
+    def join(self, model: Any) -> None:
+        """Put modules of the method's own into the backbone's model. Called once, before training."""
+
+    def module_multiply_adds(self) -> Mapping[str, int]:
+        """Return the multiply-adds that `join` added to modules of the backbone, by name, for each token they read."""
+        return {}
 
     def initialise(self, embedding_VH: Tensor) -> None:
         """Set parameters that start from the backbone's vocabulary. Called once, before training.
