@@ -36,10 +36,14 @@ class Dims:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Extra keys and values for every self-attention layer of one stack, row by row."""
+    """Extra keys and values for every self-attention layer of one stack, row by row.
+
+    mask_BP: which of them are real, where rows have different numbers of them (None: all).
+    """
 
     keys_LBNPD: Tensor
     values_LBNPD: Tensor
+    mask_BP: Tensor | None = None
 
 
 @dataclass(frozen=True)
