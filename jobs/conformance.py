@@ -3,8 +3,9 @@
     python jobs/conformance.py --out DIR [--libraries polyprompt PEFT adapters] [--families t5 gpt2 …]
                                [--methods NAME …] [--checks NAME …] [--all]
 
-Writes DIR/conformance.md and DIR/conformance.json. All models are tiny and random. `adapters` pins an older
-transformers: its environment is made with pip in DIR/adapters_env. Needs the dev extra (peft). docs/conformance.md.
+Writes DIR/conformance.md and DIR/conformance.json; what is in DIR is not done again. All models are
+tiny and random. `adapters` pins an older transformers: its environment is made with pip in DIR/adapters_env. Needs
+the dev extra (peft). docs/conformance.md.
 """
 
 import argparse
@@ -13,21 +14,20 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "platform"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 import test_methods
 import tiny
 import transformers
 from conformance import isolated, ours, with_adapters, with_peft
 from conformance.checks import CHECKS
-from conformance.results import Result, hold
+from conformance.results import Key, Result, hold
 from rich.console import Console
 from rich.table import Table
 
@@ -45,8 +45,18 @@ def first_of_each_method() -> list[str]:
     return list(names.values())
 
 
-def run(options: argparse.Namespace, notes: list[str]) -> Iterator[Result]:
-    """Yield what comes of all that was asked for; notes: what could not be run is said there."""
+def read(file: Path, found: Mapping[str, str]) -> list[Result]:
+    """Return the results of an earlier call. Raises ConfigError if they are of other versions."""
+    if not file.exists():
+        file.write_text(json.dumps(found) + "\n")
+    first, *rest = file.read_text().splitlines()
+    if json.loads(first) != found:
+        raise ConfigError(f"{file} holds results of {first}, but here is {json.dumps(found)}. Give another --out")
+    return [Result(*json.loads(line)) for line in rest]
+
+
+def run(options: argparse.Namespace, done: Set[Key], notes: list[str]) -> Iterator[Result]:
+    """Yield what comes of all that was asked for and is not done; notes: what could not be run is said there."""
 
     def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
         return [name for name in names if wanted is None or name in wanted]
@@ -55,10 +65,10 @@ def run(options: argparse.Namespace, notes: list[str]) -> Iterator[Result]:
     if "polyprompt" in options.libraries:
         names = list(test_methods.CONFIGS) if options.all or options.methods else first_of_each_method()
         cells = product(chosen(names, options.methods), chosen(ours.FAMILIES, options.families))
-        yield from hold((ours.Ours(*cell) for cell in cells), checks)
+        yield from hold((ours.Ours(*cell) for cell in cells), checks, done)
     if "PEFT" in options.libraries:
         cells = product(chosen(with_peft.METHODS, options.methods), chosen(with_peft.FAMILIES, options.families))
-        yield from hold((with_peft.Peft(*cell) for cell in cells), checks)
+        yield from hold((with_peft.Peft(*cell) for cell in cells), checks, done)
     if "adapters" in options.libraries:
         families, methods = (
             chosen(with_adapters.FAMILIES, options.families),
@@ -72,7 +82,7 @@ def run(options: argparse.Namespace, notes: list[str]) -> Iterator[Result]:
                 return
             found = ", ".join(f"{name} {number}" for name, number in isolated.versions(python).items())
             notes.append(f"adapters ran in an environment of its own: {found}.")
-            yield from isolated.results(python, {f: tiny.folder(f) for f in families}, methods, checks)
+            yield from isolated.results(python, {f: tiny.folder(f) for f in families}, methods, checks, done)
 
 
 def cell(results: Sequence[Result]) -> str:
@@ -152,16 +162,20 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     try:
         options = parse()
+        options.out.mkdir(parents=True, exist_ok=True)
+        found = {name: version(name) for name in ("torch", "transformers", "peft")}
+        file = options.out / "results.jsonl"
+        results = read(file, found)
     except PolypromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
-    console, notes, results, start = Console(stderr=True), list[str](), list[Result](), time.monotonic()
-    with console.status("") as status:
-        for result in run(options, notes):
+    console, notes, start = Console(stderr=True), list[str](), time.monotonic()
+    with console.status("") as status, file.open("a") as kept:
+        for result in run(options, {r[:4] for r in results}, notes):
             results.append(result)
+            kept.write(json.dumps(result) + "\n")
+            kept.flush()
             status.update(f"{len(results)} checks; {result.library} {result.method} on {result.family}: {result.check}")
-    found = {name: version(name) for name in ("torch", "transformers", "peft")}
     command = " ".join(["jobs/conformance.py", *sys.argv[1:]])
     notes[:0] = [
         f"`{command}`",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from conformance.results import Result
+from conformance.results import Key, Result
 
 ADAPTERS = "1.3.0"
 TESTS = Path(__file__).parents[1]
@@ -44,19 +44,20 @@ def versions(python: Path) -> dict[str, str]:
 
 
 def results(
-    python: Path, folders: Mapping[str, Path], methods: Iterable[str], checks: Iterable[str]
+    python: Path,
+    folders: Mapping[str, Path],
+    methods: Iterable[str],
+    checks: Iterable[str],
+    done: Iterable[Key] = (),
 ) -> Iterator[Result]:
-    """Yield what comes of `adapters`, as it comes. folders: family → folder of a model.
+    """Yield what comes of `adapters`, as it comes, but for what is done. folders: family → folder of a model.
 
     Raises RuntimeError with the driver's last words if it ends early.
     """
     with tempfile.TemporaryDirectory() as scratch:
         job, errors = Path(scratch) / "job.json", Path(scratch) / "stderr"
-        job.write_text(
-            json.dumps(
-                {"folders": {f: str(p) for f, p in folders.items()}, "methods": list(methods), "checks": list(checks)}
-            )
-        )
+        table = {"methods": list(methods), "checks": list(checks), "done": list(done)}
+        job.write_text(json.dumps({**table, "folders": {family: str(path) for family, path in folders.items()}}))
         with errors.open("w") as stderr:
             process = subprocess.Popen(
                 [str(python), "-m", "conformance.with_adapters", str(job)],

@@ -1,6 +1,6 @@
 """Holding subjects to the checks: what came of each, as values that cross processes as JSON."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from conformance.checks import CHECKS
@@ -20,11 +20,20 @@ class Result(NamedTuple):
     reason: str
 
 
-def hold(subjects: Iterable[Subject], checks: Iterable[str]) -> Iterator[Result]:
-    """Yield what comes of each check on each subject; whatever the library raises is a failure with that reason."""
+#: Library, method, family, check.
+Key = tuple[str, str, str, str]
+
+
+def hold(subjects: Iterable[Subject], checks: Iterable[str], done: Container[Key] = ()) -> Iterator[Result]:
+    """Yield what comes of each check on each subject, but for those done.
+
+    Whatever the library raises is a failure with that reason.
+    """
     checks = list(checks)
     for subject in subjects:
         for check in checks:
+            if (subject.library, subject.method, subject.family, check) in done:
+                continue
             status: Status = "pass"
             reason = ""
             try:

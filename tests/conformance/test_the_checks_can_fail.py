@@ -15,6 +15,8 @@ from polyprompt import prompted_attention
 from polyprompt.sampling import LogitsProcessor, Sampling
 
 INPUTS, KEYS_AND_VALUES = Ours("prompt_tuning", "t5"), Ours("hyperprompt global", "t5")
+#: Its text follows the prompt most.
+DECODER = Ours("prompt_tuning", "gpt2")
 Mutation = Callable[[pytest.MonkeyPatch], None]
 nll, loss, generate, build = OurModel.nll, OurModel.loss, OurModel.generate, Ours.build
 
@@ -57,6 +59,14 @@ def bias_moved(tensor: Tensor, sides: tuple[int, int], **keys: Any) -> Tensor:
 
 def another_prompt_without_cache(self: OurModel, batch: Batch, *, use_cache: bool = True, **keys: Any) -> Tensor:
     return generate(self, batch if use_cache else of_the_next(batch), use_cache=use_cache, **keys)
+
+
+def another_prompt(self: OurModel, batch: Batch, **keys: Any) -> Tensor:
+    return generate(self, of_the_next(batch), **keys)
+
+
+def one_prompt(self: OurModel, batch: Batch, **keys: Any) -> Tensor:
+    return generate(self, of_the_first(batch), **keys)
 
 
 def beams_out_of_order(made: Tensor, like: Tensor) -> Tensor:
@@ -108,12 +118,18 @@ MUTATIONS: dict[str, Sequence[tuple[Ours, Mutation]]] = {
     "positions": [(KEYS_AND_VALUES, patched(prompted_attention, "pad", bias_moved))],
     "padding": [(INPUTS, patched(OurModel, "nll", unmasked))],
     "cached decoding": [
-        (INPUTS, patched(OurModel, "generate", another_prompt_without_cache)),
-        (INPUTS, patched(OurModel, "generate", lambda self, batch, **keys: generate(self, of_the_next(batch), **keys))),
+        (DECODER, patched(OurModel, "generate", another_prompt_without_cache)),
+        (
+            DECODER,
+            patched(OurModel, "generate", another_prompt),
+        ),
     ],
     "mixed loss": [(INPUTS, patched(OurModel, "nll", lambda self, batch: nll(self, of_the_first(batch))))],
     "mixed greedy": [
-        (INPUTS, patched(OurModel, "generate", lambda self, batch, **keys: generate(self, of_the_first(batch), **keys)))
+        (
+            DECODER,
+            patched(OurModel, "generate", one_prompt),
+        )
     ],
     "mixed beams": [(KEYS_AND_VALUES, patched(prompted_attention, "_for_rows", beams_out_of_order))],
     "mixed sampling": [
