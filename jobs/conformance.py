@@ -96,12 +96,12 @@ def cell(results: Sequence[Result]) -> str:
 
 def lines(results: Sequence[Result]) -> list[list[str]]:
     """Return the table's lines: headings, then one for each method of each library."""
-    checks = list(dict.fromkeys(r.check for r in results))
+    checks = [check for check in CHECKS if any(r.check == check for r in results)]
     rows: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         rows.setdefault((result.library, result.method), []).append(result)
     body = [["library", "method", *checks]]
-    for (library, method), own in rows.items():
+    for (library, method), own in sorted(rows.items(), key=lambda row: LIBRARIES.index(row[0][0])):
         body.append([library, method, *(cell([r for r in own if r.check == check]) for check in checks)])
     return body
 

@@ -159,7 +159,8 @@ class TextToText:
 
     def _encoder_decoder(self, batch: Batch) -> Tensor:
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.mask_BT, "labels": batch.labels_BS}
-        return self.model(**inputs, **self.keywords(batch)).logits
+        logits = self.model(**inputs, **self.keywords(batch)).logits
+        return logits[:, -batch.labels_BS.shape[1] :]  # behind prompts in the decoder
 
     def _decoder_only(self, batch: Batch) -> Tensor:
         targets, inputs = batch.labels_BS.clamp(min=0), batch.input_ids_BT.shape[1]
