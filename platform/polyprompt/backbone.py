@@ -6,13 +6,14 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from polyprompt import adapted, decoder_only, prompted_attention
@@ -21,6 +22,7 @@ from polyprompt.config import BackboneConfig
 from polyprompt.decoder_only import DecoderOnly
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
+from polyprompt.sampling import LogitsProcessor
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -124,7 +126,14 @@ class EncoderDecoder(Backbone):
         return self.decode(torch.cat([start_B1, targets_BS[:, :-1]], dim=1), encoded, prompts)
 
     def generate(
-        self, encoded: Encoded, prompts: Prompts, *, max_new_tokens: int, num_beams: int, use_cache: bool
+        self,
+        encoded: Encoded,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        num_beams: int,
+        use_cache: bool,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Tensor:
         """Return generated ids_BS, padded, without the start token."""
         ids_BS = self.model.generate(
@@ -135,6 +144,7 @@ class EncoderDecoder(Backbone):
             num_beams=num_beams,
             do_sample=False,
             use_cache=use_cache,
+            logits_processor=LogitsProcessorList(processors),
         )
         return ids_BS[:, 1:]
 

@@ -14,6 +14,7 @@ from polyprompt.backbone_base import Backbone, Encoded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import KeyValues, Method, ParameterGroup, Prompts
+from polyprompt.sampling import Sampling
 from polyprompt.tasks.records import TextTask
 
 #: Label of a target position that has no loss.
@@ -76,11 +77,22 @@ class PromptedModel(nn.Module):
         max_new_tokens: int,
         num_beams: int = 1,
         use_cache: bool = True,
+        sampling: Sampling | None = None,
     ) -> Tensor:
-        """Return ids_BS by greedy or beam search, padded, without the start token. Call in eval mode."""
+        """Return ids_BS by greedy search, beam search or sampling, padded, without the start token. Call in eval mode.
+
+        A row depends on itself alone, and on its own seed where it is sampled: neither on its batch-mates nor on
+        torch's random stream. Raises ConfigError where sampling has another number of seeds, or beams.
+        """
+        processors = [] if sampling is None else sampling.processors(len(input_ids_BT), num_beams)
         encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
         return self.backbone.generate(
-            encoded, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, use_cache=use_cache
+            encoded,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            use_cache=use_cache,
+            processors=processors,
         )
 
     @torch.no_grad()
@@ -235,6 +247,6 @@ def check_window(config: RunConfig, task: TextTask, backbone: Backbone, method: 
 def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:
     made = prompts.decoder
     return Prompts(
-        decoder=made and KeyValues(made.keys_LBNPD.index_select(1, row_C), made.values_LBNPD.index_select(1, row_C)),
+        decoder=made and made.of_rows(row_C),
         adapters={stack: own.of_rows(row_C) for stack, own in prompts.adapters.items() if stack == "decoder"},
     )

@@ -43,10 +43,19 @@ class Dims:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Extra keys and values for every self-attention layer of one stack, row by row."""
+    """Extra keys and values for every self-attention layer of one stack, row by row.
+
+    mask_BP: which of them are real, where rows have different numbers of them (None: all).
+    """
 
     keys_LBNPD: Tensor
     values_LBNPD: Tensor
+    mask_BP: Tensor | None = None
+
+    def of_rows(self, row_C: Tensor) -> "KeyValues":
+        """Return those of these rows."""
+        mask = None if self.mask_BP is None else self.mask_BP[row_C]
+        return KeyValues(self.keys_LBNPD.index_select(1, row_C), self.values_LBNPD.index_select(1, row_C), mask)
 
 
 @dataclass(frozen=True)
