@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from polyprompt.backbone_base import Backbone, Encoded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
-from polyprompt.methods.base import KeyValues, Method, ParameterGroup, Prompts
+from polyprompt.methods.base import Method, ParameterGroup, Prompts
 from polyprompt.sampling import Sampling
 from polyprompt.tasks.records import TextTask
 
