@@ -1071,7 +1071,7 @@ def test_adapters_start_near_the_plain_backbone() -> None:
 
 
 def test_adapter_counts_beside_t5_base() -> None:
-    """Bottleneck 24 for eight tasks is 1.07 times T5-base with 0.82 % a task, layer normalisations among them."""
+    """Bottleneck 24 for eight tasks adds 6.5 % to T5-base; 0.83 % a task, layer normalisations among them."""
     stack, norms = StackDims(12, 12, 64), 62 * 768
     dims = Dims(768, stack, stack, num_tasks=8)
     added = methods.expected_parameters(AdapterConfig(bottleneck=24), dims)
@@ -1172,12 +1172,11 @@ def test_hyperformer_starts_near_the_plain_backbone_and_is_it_where_scale_and_sh
     assert torch.equal(model(*tiny.batch()).nll_B, plain)
 
 
-def test_hyperformer_counts_of_the_paper() -> None:
-    """T5-base, eight tasks, reduction 32: 1.02 times the model, 0.29 % a task."""
+def test_hyperformer_counts_beside_t5_base() -> None:
+    """T5-base, eight tasks, reduction 32: 0.29 % a task, the figure of the paper's abstract."""
     stack = StackDims(12, 12, 64)
     added = methods.expected_parameters(HyperFormerConfig(), Dims(768, stack, stack, num_tasks=8))
     assert added == 5_163_440
-    assert 1 + added / 222.9e6 == pytest.approx(1.02, abs=5e-3)
     assert added / 8 / 222.9e6 == pytest.approx(0.0029, abs=5e-5)
 
 
