@@ -1,11 +1,15 @@
 """The cluster files: each is what Ray's launcher, or the KubeRay operator, takes; and they agree with each other."""
 
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).parents[1]
@@ -144,3 +148,35 @@ def test_the_image_has_the_versions_of_the_constraints() -> None:
     [version] = {spec["rayVersion"] for spec in cluster_specs()}
     assert f"FROM rayproject/ray:{version}-py311" in dockerfile
     assert "constraints.txt" in dockerfile
+
+
+def test_a_job_brings_the_code_and_nothing_heavy(tmp_path: Path) -> None:
+    """What `ray job submit --working-dir .` packs."""
+    here = tmp_path / "here"
+    for folder in ("platform", "jobs", "tuning"):
+        shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, here)
+    left = [
+        ".git/index",
+        ".venv/bin/python",
+        "tests/test_run.py",
+        "docs/cluster.md",
+        "runs/mine/bundles/step_00000001/state.json",
+        "models/t5/model.safetensors",
+        "mlflow.db",
+        "mlartifacts/1/x",
+    ]
+    taken = ["platform/polyprompt/embedded/model.safetensors", "data/mine/train.jsonl"]
+    for name in left + taken:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).touch()
+    excludes = get_runtime_env_default_excludes()
+    create_package(str(here), tmp_path / "job.zip", include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(tmp_path / "job.zip") as archive:
+        packed = {info.filename for info in archive.infolist()}
+        size = sum(info.file_size for info in archive.infolist())
+    assert not packed & set(left)
+    code = ["platform/polyprompt/ray_train.py", "jobs/multitask.py", "jobs/recipes/embedded.yaml", "tuning/search.py"]
+    assert {*taken, *code} <= packed
+    assert size < 50 * 2**20

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polyprompt.config import RunConfig
-from polyprompt.errors import PolypromptError
+from polyprompt.errors import PolypromptError, StoppedError
 from polyprompt.recipe import load
 
 Train = Callable[[RunConfig, Path | None], None]
@@ -30,6 +30,9 @@ def main(description: str | None, example: str, check: Callable[[RunConfig], Non
         check(config)
         # What follows imports torch and its kin, which takes seconds: a typing mistake is answered before.
         (dry_run if options.dry_run else train)(config, options.out)
+    except StoppedError as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 143
     except PolypromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -43,7 +46,7 @@ def dry_run(config: RunConfig, out: Path | None) -> None:
     """Check everything, the output folder too, and show what would be trained on what."""
     from rich.console import Console
 
-    from polyprompt import plan_report, run_folder
+    from polyprompt import plan_report, ray_train, run_folder
     from polyprompt.plan import plan
 
     run_folder.check(run_folder.choose(config, out), config)
@@ -51,3 +54,4 @@ def dry_run(config: RunConfig, out: Path | None) -> None:
     print(config.to_yaml())
     for table in plan_report.tables(checked):
         Console().print(table)
+    print(f"Workers: {ray_train.where(config)}")

@@ -27,14 +27,15 @@ from typing import Any, Literal
 import torch
 
 import polyprompt
-from polyprompt import checkpoint, report, run_folder, tracking
+from polyprompt import checkpoint, placement, report, run_folder, tracking
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult
 from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
-from polyprompt.worker import LOG, PROGRESS, Job, Outcome, train
+from polyprompt.stopping import on_sigterm
+from polyprompt.worker import LOG, PROGRESS, Job, Outcome, check_folder, train
 
 POINTER = "bundle.json"
 PLACEMENT = "placement_group"
@@ -95,8 +96,8 @@ def _run(
         job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit(), stop=stop)
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
-        with _progress(place, config.train.max_steps):
-            outcome = _train_with_ray(job) if config.compute.num_workers else _train_here(job)
+        with _progress(place, config.train.max_steps), on_sigterm(place.folder) as listen:
+            outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job)
         result = _result(config, place, checked, outcome, handle)
         _leave(result, place, handle)
         status = "FINISHED"
@@ -117,7 +118,7 @@ def _train_here(job: Job) -> Outcome:
     return train(job, device, announce=lambda metrics, bundle: None)
 
 
-def _train_with_ray(job: Job) -> Outcome:
+def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], None]) -> Outcome:
     # Imported here because importing Ray Train takes seconds that an in-process run need not pay.
     compute = job.config.compute
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -134,6 +135,7 @@ def _train_with_ray(job: Job) -> Outcome:
     backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
     storage = job.folder / "ray"
     with cluster(compute.num_workers * compute.cpus_per_worker):
+        listen()
         release(job.folder)
         gpus = compute.num_workers * compute.gpus_per_worker
         if compute.use_gpu and not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < gpus:
@@ -142,6 +144,9 @@ def _train_with_ray(job: Job) -> Outcome:
                 f"this machine has {ray.cluster_resources().get('GPU', 0):g}. Lower compute.num_workers or "
                 "compute.gpus_per_worker, set compute.use_gpu=false, or set RAY_ADDRESS to a cluster"
             )
+        room = placement.Room(compute, machines(), growth())
+        if not room.fits:
+            say(f"Waiting for room. {room.text}")
         trainer = TorchTrainer(
             _on_worker,  # type: ignore[arg-type]
             train_loop_config={"job": job},
@@ -184,7 +189,7 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
 
     first = ray.train.get_context().get_world_rank() == 0
     job, group = settings["job"], ray.util.get_current_placement_group()
-    if first and group is not None:
+    if first and group is not None and job.folder.is_dir():
         (job.folder / PLACEMENT).write_text(group.id.hex())
 
     def announce(metrics: Mapping[str, float], bundle: Path) -> None:
@@ -194,6 +199,7 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
             ray.train.report(dict(metrics), checkpoint=pointer if first else None)
 
     try:
+        check_folder(job)
         return train(job, get_device(), announce)
     except PolypromptError as error:
         return error
@@ -252,6 +258,36 @@ def cluster(num_cpus: int, py_modules: Sequence[Path] = ()) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def machines() -> list[placement.Node]:
+    """Return the resources of each machine of the cluster: the one of $RAY_ADDRESS, the one this process is in, or this
+    machine, on which none is started for that."""
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
+    with cluster(0):
+        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def growth() -> list[placement.Group]:
+    """Return what the cluster's autoscaler may add, as far as it has said; this process must be in the cluster."""
+    from ray._private.state import state
+
+    told = state.get_cluster_config()
+    groups = told.node_group_configs if told is not None else ()
+    return [placement.Group(group.name, dict(group.resources), group.max_count) for group in groups]
+
+
+def where(config: RunConfig) -> str:
+    """Say how many workers of which size a run asks for, and what the cluster has and may get for them."""
+    if config.compute.num_workers == 0:
+        return "trains in this process, without Ray"
+    if not os.environ.get("RAY_ADDRESS"):
+        return placement.Room(config.compute, machines(), ()).text
+    with cluster(0):
+        return placement.Room(config.compute, machines(), growth()).text
 
 
 def _cause(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from polyprompt.config import RunConfig, shapes_result
 from polyprompt.errors import ConfigError, DataError
+from polyprompt.section import home
 
 RUN, RESULT, BUNDLES, LOCK = "run.json", "result.json", "bundles", ".lock"
 
@@ -61,6 +62,11 @@ class RunFolder:
         os.replace(draft, self.folder / RUN)
 
 
+def runs() -> Path:
+    """Return the folder that runs and studies without a folder of their own go to."""
+    return home() / "runs"
+
+
 def choose(config: RunConfig, out: Path | None) -> RunFolder:
     """Find the run's name and folders.
 
@@ -72,15 +78,15 @@ def choose(config: RunConfig, out: Path | None) -> RunFolder:
         mark = hashlib.sha256(str(out).encode()).hexdigest()[:6]
         name = config.name or f"{config.method.name}-{config.identity()}-{mark}"
     elif config.name is not None:
-        name, out = config.name, Path("runs").absolute() / config.name
+        name, out = config.name, runs() / config.name
     else:
         stem = f"{config.method.name}-{config.identity()}"
-        root = config.compute.storage_path or Path("runs").absolute()
+        root = config.compute.storage_path or runs()
         number = 1
         while (root / _numbered(stem, number) / RESULT).exists():
             number += 1
         name = _numbered(stem, number)
-        out = Path("runs").absolute() / name
+        out = runs() / name
     storage = config.compute.storage_path
     return RunFolder(name=name, folder=storage / name if storage else out, out=out)
 
