@@ -1,12 +1,14 @@
-"""A password in a tracking address is used, and written nowhere."""
+"""A password in a tracking address is used, and written nowhere; code that comes with a model is not run."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polyprompt.config import TrackingConfig
+from polyprompt import backbone
+from polyprompt.config import BackboneConfig, TrackingConfig
 from polyprompt.errors import ConfigError, TrackingError
 from polyprompt.ray_train import run
 from polyprompt.recipe import check, load
@@ -106,3 +108,15 @@ def test_the_home_of_runs_and_of_the_store(tmp_path: Path, monkeypatch: pytest.M
     home_is(tmp_path / "me" / "polyprompt")
     monkeypatch.setenv("POLYPROMPT_HOME", str(tmp_path / "shared"))
     home_is(tmp_path / "shared")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    model, witness = tmp_path / "model", tmp_path / "witness"
+    model.mkdir()
+    table = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.Own"}}
+    (model / "config.json").write_text(json.dumps(table))
+    (model / "own.py").write_text(f"open({str(witness)!r}, 'w')\n")
+    with pytest.raises(ConfigError, match=r"is not run: backbone\.trust_remote_code is off.*backbone\.revision"):
+        backbone.load(BackboneConfig(name=str(model)), train=False, precision="fp32", seed=0)
+    assert not witness.exists()
+    assert not list(tmp_path.rglob("*.pyc"))

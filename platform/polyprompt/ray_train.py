@@ -7,6 +7,8 @@ The only file that imports ray.train. How Ray is used and why (each was seen to 
 - `ray.train.report` is a barrier that takes one poll of the controller: the poll is set from 2 s to 0.1 s.
 - The package travels to the workers as py_modules, so it need not be installed there.
 - An error of ours (bad data, NaN) would be retried by Ray like a lost node; it is returned, not raised, and ends it.
+- So would a mistake in code, and what does not fit into memory (LASTING): the worker leaves a note in the run folder
+  and fails, which ends the others, who may be waiting for it; the restarted workers find the note and end the run.
 - Ray's own chatter stays in Ray's log files; what our workers have to say is in run.log and shown from there.
 - Every path is absolute, because Ray changes the workers' working folder.
 """
@@ -18,6 +20,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,9 +39,25 @@ from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
 from polyprompt.stopping import on_sigterm
 from polyprompt.worker import LOG, PROGRESS, Job, Outcome, check_folder, train
+from polyprompt.workers import Workers
 
 POINTER = "bundle.json"
 PLACEMENT = "placement_group"
+#: Why no restart can help, left by the worker that failed.
+FATAL = "fatal"
+LASTING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    torch.OutOfMemoryError,
+)
 
 
 def run(
@@ -137,6 +156,7 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
     with cluster(compute.num_workers * compute.cpus_per_worker):
         listen()
         release(job.folder)
+        (job.folder / FATAL).unlink(missing_ok=True)
         gpus = compute.num_workers * compute.gpus_per_worker
         if compute.use_gpu and not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < gpus:
             raise ConfigError(
@@ -167,6 +187,8 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
         except SystemExit:  # what Ray Train makes of Ctrl-C
             raise KeyboardInterrupt from None
         except (TrainingFailedError, RayError) as error:
+            if (job.folder / FATAL).exists():
+                raise TrainingError((job.folder / FATAL).read_text()) from error
             raise TrainingError(
                 f"the workers failed {compute.max_failures + 1} times, at last with: {_cause(error)}. Bundles in "
                 f"{job.bundles} are kept: mend the cause and start the same command again to go on"
@@ -175,7 +197,8 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
             if threading.current_thread() is threading.main_thread():  # elsewhere Ray Train puts none
                 signal.signal(signal.SIGINT, handler)  # Ray Train puts its own and leaves it
             shutil.rmtree(storage, ignore_errors=True)  # pointers only
-            (job.folder / PLACEMENT).unlink(missing_ok=True)
+            for left in (PLACEMENT, FATAL):
+                (job.folder / left).unlink(missing_ok=True)
     if isinstance(answer, PolypromptError):
         raise answer
     assert isinstance(answer, Outcome)
@@ -200,9 +223,26 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
 
     try:
         check_folder(job)
+        _check_fatal(job)
         return train(job, get_device(), announce)
     except PolypromptError as error:
         return error
+    except LASTING as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        (job.folder / FATAL).write_text(
+            f"a worker failed in a way that a restart cannot mend: {type(error).__name__}: {error} ({at.filename}:"
+            f"{at.lineno}). Bundles in {job.bundles} are kept: mend the cause and start the same command again to go on"
+        )
+        raise
+
+
+def _check_fatal(job: Job) -> None:
+    """Raise TrainingError on all workers if one of an earlier start has failed for good."""
+    file = job.folder / FATAL
+    workers = Workers(job.config.train.num_shards, job.config.compute.gradient_sum)
+    for found in workers.gather(file.read_text() if file.exists() else None):
+        if found is not None:
+            raise TrainingError(found)
 
 
 def release(folder: Path) -> None:
