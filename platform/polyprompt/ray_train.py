@@ -323,9 +323,12 @@ def growth() -> list[placement.Group]:
 def where(config: RunConfig) -> str:
     """Say how many workers of which size a run asks for, and what the cluster has and may get for them."""
     if config.compute.num_workers == 0:
-        return "trains in this process, without Ray"
+        return "none, it trains in this process"
     if not os.environ.get("RAY_ADDRESS"):
-        return placement.Room(config.compute, machines(), ()).text
+        # The Ray that a run starts on this machine has as many CPUs as are asked for.
+        cpus = max(os.cpu_count() or 1, config.compute.num_workers * config.compute.cpus_per_worker)
+        here = {"CPU": float(cpus), "GPU": float(torch.cuda.device_count())}
+        return placement.Room(config.compute, [here], ()).text
     with cluster(0):
         return placement.Room(config.compute, machines(), growth()).text
 
