@@ -228,6 +228,8 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
     except PolypromptError as error:
         return error
     except LASTING as error:
+        if not torch.distributed.is_initialized():
+            raise  # Ray ends this worker, for the sake of one that died, and torch.distributed complains
         at = traceback.extract_tb(error.__traceback__)[-1]
         (job.folder / FATAL).write_text(
             f"a worker failed in a way that a restart cannot mend: {type(error).__name__}: {error} ({at.filename}:"
