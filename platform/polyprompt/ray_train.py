@@ -147,9 +147,6 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
-    if compute.use_gpu:
-        resources["GPU"] = compute.gpus_per_worker
     # NCCL refuses two ranks on one GPU.
     backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
     storage = job.folder / "ray"
@@ -172,7 +169,9 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend=backend),
             scaling_config=ScalingConfig(
-                num_workers=compute.num_workers, use_gpu=compute.use_gpu, resources_per_worker=resources
+                num_workers=compute.num_workers,
+                use_gpu=compute.use_gpu,
+                resources_per_worker=placement.worker(compute),
             ),
             run_config=RunConfig(
                 name=uuid.uuid4().hex,
