@@ -16,8 +16,9 @@ TUNING = sorted((ROOT / "tuning").glob("*.py"))
 #: Who may import what: module → files of the package.
 ONLY = {
     "ray": {"ray_train.py"},
-    "mlflow": {"tracking.py", "study_tracking.py"},
+    "mlflow": {"tracking.py", "study_tracking.py", "registry.py"},
     "datasets": {"data.py"},
+    "peft": {"lora.py"},
     "transformers": {"backbone.py", "decoder_only.py", "prompted_attention.py", "optim.py"},
 }
 

@@ -23,7 +23,8 @@ from polyprompt.result import RunResult
 from tuning.spaces import Params, Search
 from tuning.study import Change, SeedRun, Study, Trial
 from tuning.study_report import best_recipe, leaderboard
-from tuning.trial import STEP, PausedError, Report, TrainTrial, Trials, Values, metrics
+from tuning.trial import Trials, Values, metrics
+from tuning.work import STEP, PausedError, Report, TrainTrial
 
 Table = dict[str, Any]
 RATE = "train.learning_rate"

@@ -27,7 +27,8 @@ from tuning import schema
 from tuning.capacity import capacity
 from tuning.spaces import Params, Search
 from tuning.study import SeedRun, Study, Trial
-from tuning.trial import STEP, Report, Trials, Values, failure, metrics
+from tuning.trial import Trials, Values, metrics
+from tuning.work import STEP, Report, failure
 
 ROOT = Path(__file__).parents[1]
 Table = dict[str, Any]

@@ -36,7 +36,8 @@ from tuning.sampler import Source
 from tuning.schema import AshaScheduler, MedianScheduler, PbtScheduler
 from tuning.spaces import Params, Search
 from tuning.study import Change, Objective, Trial
-from tuning.trial import STEP, Ended, PausedError, Report, Values, failure
+from tuning.trial import Ended, Values
+from tuning.work import STEP, PausedError, Report, failure
 
 LOGGER = logging.getLogger(__name__)
 OUTCOME, CAUSE, FINISHED, FAILED, INTERRUPTED = "outcome", "cause", "finished", "failed", "interrupted"

@@ -10,16 +10,19 @@ Input prompts take the first positions, as in PEFT's prompt tuning; prompt keys 
 Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
+from polyprompt import adapted
 from polyprompt.backbone_base import Backbone, Encoded, with_input_prompts
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
+from polyprompt.sampling import LogitsProcessor
 
 #: What stands between input and target, unless `backbone.input_end` says otherwise.
 INPUT_END = "\n"
@@ -108,6 +111,7 @@ class DecoderOnly(Backbone):
         for layer, block in enumerate(blocks):
             attention = block.attn if model.config.model_type == "gpt2" else block.self_attn
             attention.prompt_spot = ("decoder", layer)
+            adapted.tag("decoder", layer, attention, block.mlp)
         model.generation_config = GenerationConfig(
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
         )
@@ -160,7 +164,14 @@ class DecoderOnly(Backbone):
         ).logits
 
     def generate(
-        self, encoded: Encoded, prompts: Prompts, *, max_new_tokens: int, num_beams: int, use_cache: bool
+        self,
+        encoded: Encoded,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        num_beams: int,
+        use_cache: bool,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Tensor:
         return self.model.generate(
             inputs_embeds=encoded.hidden_BTH,
@@ -170,6 +181,7 @@ class DecoderOnly(Backbone):
             num_beams=num_beams,
             do_sample=False,
             use_cache=use_cache,
+            logits_processor=LogitsProcessorList(processors),
         )
 
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from polyprompt import __version__
 from polyprompt.config import RunConfig, TrackingConfig, shapes_result
-from polyprompt.errors import TrackingError
+from polyprompt.errors import PolypromptError, TrackingError
 from polyprompt.section import MASKED, home, mask
 from polyprompt.tasks.records import FileSource, HubSource, Source, TextSource
 
@@ -144,7 +144,7 @@ def create_or_reopen(
     datasets: Sequence[DataInput],
 ) -> RunHandle:
     """Create a run as it is described, or open run_id again; see `open_run`."""
-    with _store_errors(uri), patience(retries=1, timeout_seconds=5):
+    with store_errors(uri), patience(retries=1, timeout_seconds=5):
         _make_store(uri)
         client = client_of(uri)
         # Two runs that are the first to name a data set at the same moment break MLflow's unique keys.
@@ -196,7 +196,7 @@ def resend(path: Path, uri: str, run_id: str) -> int:
         raise TrackingError(f"{path} does not exist; the warning at the end of the run names the file")
     rows = read_rows(path)
     points = Points(RunHandle(uri, run_id, "", 0))
-    with _store_errors(uri), patience(retries=1, timeout_seconds=30):
+    with store_errors(uri), patience(retries=1, timeout_seconds=30):
         for start in range(0, len(rows), MAX_METRICS_A_BATCH):
             points.send(rows[start : start + MAX_METRICS_A_BATCH])
     path.unlink()
@@ -427,11 +427,11 @@ def _is_made(file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _store_errors(uri: str) -> Iterator[None]:
+def store_errors(uri: str) -> Iterator[None]:
     """Turn any failure of a store into a TrackingError that says how to mend it, and shows no password."""
     try:
         yield
-    except TrackingError:
+    except PolypromptError:
         raise
     except Exception as error:
         own = "Move the file away to start a new one" if _sqlite_file(uri) else "Start the server"
