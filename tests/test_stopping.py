@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from polyprompt import checkpoint
+from polyprompt.command import exit_status
 from polyprompt.errors import ConfigError, StoppedError
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
 from polyprompt.result import RunResult
 from polyprompt.stopping import STOP, on_sigterm
-from polyprompt.worker import METRICS, Job, check_folder
+from polyprompt.worker import PROGRESS, Job, check_folder
 
 ROOT = Path(__file__).parents[1]
 Table = dict[str, Any]
@@ -30,14 +31,10 @@ def go(table: Table, out: Path) -> RunResult:
 
 
 def wait_for_step(out: Path, step: int) -> None:
-    """Return once that step was logged."""
-    file = out / METRICS
-    while not (file.exists() and any(json.loads(line)["step"] >= step for line in whole_lines(file))):
+    """Return once that step was logged. (metrics.jsonl gets it later: it is written every ten seconds.)"""
+    file = out / PROGRESS
+    while not (file.exists() and json.loads(file.read_text())["step"] >= step):
         time.sleep(0.01)
-
-
-def whole_lines(file: Path) -> list[str]:
-    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 @pytest.fixture
@@ -113,6 +110,14 @@ def test_a_run_folder_that_a_machine_does_not_see_is_named(small_run: Table, tmp
     job = Job(check(small_run), tmp_path / "elsewhere", handle=None)
     with pytest.raises(ConfigError, match=r"run folder .*elsewhere is not there on .*POLYPROMPT_HOME"):
         check_folder(job)
+
+
+def test_a_terminated_job_is_told_from_a_failed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def act() -> int:
+        raise StoppedError("SIGTERM ended the run at step 3")
+
+    assert exit_status(act, stopped="interrupted") == 143
+    assert capsys.readouterr().err == "stopped: SIGTERM ended the run at step 3\n"
 
 
 @pytest.mark.ray
