@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,8 @@ def process(command: list[str], environment: dict[str, str], log: Path) -> Itera
             started.terminate()
             _, alive = psutil.wait_procs(family, timeout=20)
             for one in alive:
-                one.kill()
+                with suppress(psutil.NoSuchProcess):  # it may end while the others are ended
+                    one.kill()
             started.wait()
 
 
@@ -126,6 +127,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     gcs, dashboard, mlflow_port, *rest = free_ports(13)
     node = {
         **client,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the nodes' own
         "POLYPROMPT_HOME": str(home),
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}",
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
