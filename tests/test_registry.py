@@ -1,6 +1,7 @@
 """Versions of trained models in a real MLflow store."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,14 @@ def scored(folder: Path, target: Path, change: float) -> Path:
     return target
 
 
-def test_a_registered_model_answers_as_the_bundle_does(recorded: Path, uri: str) -> None:
+def test_a_registered_model_answers_as_the_bundle_does(
+    recorded: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
     version = registry.register(recorded, NAME, uri)
-    mlflow.set_tracking_uri(uri)
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@candidate")
     rows: list[dict[str, Any]] = [
         {"task": "my/larger", "text": "3 and 5"},

@@ -159,7 +159,11 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
 def fitting(config: MethodConfig, family: str | None = None) -> MethodConfig:
     """Return the config, with prompts of the decoder stack where it has both and the family no encoder."""
     both = getattr(config, "stacks", None) == "both" and (family or default_family) in DECODERS
-    return config.model_copy(update={"stacks": "decoder"}) if both else config
+    if not both:
+        return config
+    # The length of a stack that is left out must be its default.
+    unused = type(config).model_fields["encoder_length"].default
+    return config.model_copy(update={"stacks": "decoder", "encoder_length": unused})
 
 
 def model(

@@ -5,6 +5,7 @@ A new version is the `candidate`. It becomes `champion` only where it scores no 
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,18 @@ def register(run: Path, name: str, uri: str) -> Version:
     tasks = [task for task in catalog.forms(bundle.config) if task is not None]
     with tempfile.TemporaryDirectory() as folder, _store(uri):
         slim = checkpoint.without_optimizer(bundle.folder, Path(folder) / "bundle")
+        client = tracking.client_of(uri)
+        logged = client.create_logged_model(
+            client.get_run(record["run_id"]).info.experiment_id,
+            name="model",
+            source_run_id=record["run_id"],
+            params={"method": bundle.config.method.name, "backbone": str(bundle.backbone["name"])},
+            model_type="text-to-text",
+        )
         info = Model.log(
             artifact_path=None,
             flavor=pyfunc,
-            name="model",
+            model_id=logged.model_id,
             run_id=record["run_id"],
             registered_model_name=name,
             loader_module="polyprompt.pyfunc",
@@ -73,12 +82,10 @@ def register(run: Path, name: str, uri: str) -> Version:
             signature=_signature(tasks),
             input_example=_example(tasks),
             pip_requirements=_requirements(),
-            model_type="text-to-text",
             step=int(result.best_step),
-            params={"method": bundle.config.method.name, "backbone": str(bundle.backbone["name"])},
             metadata={"backbone": dict(bundle.backbone), "tasks": [task.name for task in tasks]},
         )
-        client, version = tracking.client_of(uri), Version(name, str(info.registered_model_version))
+        version = Version(name, str(info.registered_model_version))
         tags = {
             SCORES: json.dumps(scores),
             DATA: json.dumps({task: record["data"][task] for task in scores}),
@@ -182,10 +189,11 @@ def _store(uri: str) -> Iterator[None]:
     """Point MLflow's module-level functions at the store, which saving a model has no other way to be told."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    # MLflow writes what it is told into this variable, where every later run of this process would find it.
+    before = os.environ.get("MLFLOW_TRACKING_URI")
     with tracking.store_errors(uri), tracking.patience(retries=1, timeout_seconds=30):
         mlflow.set_tracking_uri(uri)
         try:
             yield
         finally:
-            mlflow.set_tracking_uri(before)
+            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None unsets it, which its annotation leaves out

@@ -129,8 +129,13 @@ def same(got: Tensor, expected: Tensor, what: str, *, tolerance: float = 0.0) ->
         raise Failed(f"{what}: off by up to {(got - expected).abs().max().item():.1e}")
 
 
+#: The end token of every tiny model.
+END = 1
+
+
 def same_text(got_BS: Tensor, expected_BS: Tensor, what: str) -> None:
-    """Raise Failed unless the ids are the same but for padding behind them."""
+    """Raise Failed unless the ids are the same up to the end token; transformers pads with it where the pad id is 0."""
     width = max(got_BS.shape[1], expected_BS.shape[1])
     wide = [torch.nn.functional.pad(ids, (0, width - ids.shape[1])) for ids in (got_BS, expected_BS)]
-    same(wide[0], wide[1], what)
+    ended = [(ids == END).int().cumsum(dim=1) - (ids == END).int() > 0 for ids in wide]
+    same(*(ids.masked_fill(behind, 0) for ids, behind in zip(wide, ended, strict=True)), what)

@@ -20,6 +20,8 @@ from polyprompt.methods.base import KeyValues, Prompts
 from polyprompt.model import PromptedModel
 from polyprompt.sampling import Sampling
 
+#: Methods that cannot be made empty.
+UNSIZED = ("hyperformer",)
 #: Those that the checks run on.
 FAMILIES = ("t5", "t5_v1_1", "mt5", "flan", "umt5", "llama", "qwen2", "qwen3", "gpt2")
 
@@ -39,7 +41,11 @@ class Ours:
 
     @property
     def empty(self) -> MethodConfig:
-        """The same method without prompts."""
+        """The same method without prompts. Raises NotApplicable for one that has no such size."""
+        if self.config.name in UNSIZED:
+            raise NotApplicable(
+                "it has no size 0; tests/test_methods.py shows that its neutral adapters change nothing"
+            )
         own = [config for config in test_methods.ZERO.values() if type(config) is type(self.config)]
         return test_methods.ZERO.get(self.method, own[0])
 
@@ -148,7 +154,8 @@ class OurModel:
     def vectors(self) -> dict[str, Tensor]:
         if self.model.method.num_routes:  # a prompt that no row is sent to has no gradient
             return {}
-        names = ("prompt_", "prefix_", "tokens_")
+        # Not P-tuning's: behind a ReLU that lets nothing of it through a vector has none either.
+        names = ("prompt_", "prefix_")
         own = self.model.method.named_parameters()
         return {name: p for name, p in own if name.rpartition(".")[2].startswith(names)}
 
