@@ -5,7 +5,7 @@
 
 The first makes a new version, the `candidate`. The second makes the candidate (or a version) the `champion`; it is
 refused where it scores worse than the present champion, or was scored on other data. URI: as tracking.uri
-($MLFLOW_TRACKING_URI, else mlflow.db here).
+($MLFLOW_TRACKING_URI, else mlflow.db in $POLYPROMPT_HOME or here).
 """
 
 import argparse

@@ -24,7 +24,7 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     OMP_NUM_THREADS="1",
 )
-for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS"):
+for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS", "POLYPROMPT_HOME"):
     os.environ.pop(variable, None)
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """run(): one call, one complete record; on any number of workers, and after any death, the same curve."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -271,6 +272,20 @@ class TestOnRay:
         small_run["train"] |= {"learning_rate": 1e30, "max_grad_norm": None, "save_steps": 1}
         with pytest.raises(TrainingError, match=r"at step 2.*last good bundle: .*step_00000001"):
             go(small_run, tmp_path / "out", num_workers=2)
+
+    def test_a_mistake_in_code_is_not_retried(self, small_run: Table, tmp_path: Path) -> None:
+        """A bundle whose state lacks a field, though its manifest is right: only workers read it."""
+        small_run["train"] |= {"save_steps": 4}
+        go(small_run, tmp_path / "out")
+        (tmp_path / "out" / "result.json").unlink()
+        newest = checkpoint.bundles(tmp_path / "out" / "bundles")[-1]
+        (newest / checkpoint.STATE).write_text("{}")
+        manifest = json.loads((newest / checkpoint.MANIFEST).read_text())
+        manifest["files"][checkpoint.STATE] = hashlib.sha256(b"{}").hexdigest()
+        (newest / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(TrainingError, match=r"a restart cannot mend: KeyError: 'train' \(.*worker\.py:\d+\)"):
+            go(small_run, tmp_path / "out", num_workers=2)
+        assert not (tmp_path / "out" / "fatal").exists()
 
 
 def is_train_worker(process: psutil.Process) -> bool:

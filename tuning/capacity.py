@@ -1,14 +1,11 @@
 """How many trials a cluster holds at once, by arithmetic, before anything starts."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polyprompt.config import ComputeConfig
 from polyprompt.errors import ConfigError
-
-Node = Mapping[str, float]
-"""Resources of one machine: CPU, GPU."""
+from polyprompt.placement import Node, amounts, holds, only, worker
 
 
 @dataclass(frozen=True)
@@ -19,33 +16,22 @@ class Capacity:
     text: str
 
 
-def bundle(compute: ComputeConfig) -> dict[str, float]:
-    """Return what one worker of a trial needs; an in-process trial is one worker."""
-    need: dict[str, float] = {"CPU": float(compute.cpus_per_worker)}
-    if compute.use_gpu:
-        need["GPU"] = compute.gpus_per_worker
-    return need
-
-
 def capacity(compute: ComputeConfig, nodes: Sequence[Node], limit: int | None) -> Capacity:
     """Return how many trials run at once on these nodes, at most `limit`.
 
     A worker lies on one node; the workers of a trial may lie on several. Raises ConfigError, with the arithmetic, if
     not even one trial fits.
     """
-    need, workers = bundle(compute), max(1, compute.num_workers)
-    room = [math.floor(min(node.get(name, 0.0) / amount for name, amount in need.items()) + 1e-9) for node in nodes]
+    need, workers = worker(compute), max(1, compute.num_workers)
+    room = [holds(node, need) for node in nodes]
     fits = sum(room) // workers
-    per_worker = _amounts(need)
+    per_worker = amounts(need)
     trial = (
         f"a trial is {workers} worker{'s' if workers > 1 else ''} of {per_worker}"
         if compute.num_workers
         else (f"a trial is one process of {per_worker}")
     )
-    places = "; ".join(
-        f"{_amounts({name: node.get(name, 0.0) for name in need})}: {count}"
-        for node, count in zip(nodes, room, strict=True)
-    )
+    places = "; ".join(f"{amounts(only(node, need))}: {count}" for node, count in zip(nodes, room, strict=True))
     text = f"{trial}; nodes and how many they hold: {places}; {sum(room)} // {workers} = {fits} trials at once"
     if fits == 0:
         raise ConfigError(
@@ -55,7 +41,3 @@ def capacity(compute: ComputeConfig, nodes: Sequence[Node], limit: int | None) -
     if limit is not None and limit < fits:
         return Capacity(limit, f"{text}, of which search.max_concurrent_trials={limit} are used")
     return Capacity(fits, text)
-
-
-def _amounts(resources: Node) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -23,17 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
-import torch
 from filelock import FileLock, Timeout
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from polyprompt import ray_train
+from polyprompt import placement, ray_train
 from polyprompt.errors import StoppedError
 from polyprompt.run_folder import LOCK
-from tuning.capacity import Node, bundle
 from tuning.population import UNTIL, Population
 from tuning.sampler import Source
 from tuning.schema import AshaScheduler, MedianScheduler, PbtScheduler
@@ -387,20 +384,11 @@ def _points(trial: Trial) -> list[tuple[int, float]]:
     return points
 
 
-def machines() -> list[Node]:
-    """Return the resources of each machine of the cluster: the one of $RAY_ADDRESS, the one this process is in, or this
-    machine, on which none is started for that."""
-    if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
-    with ray_train.cluster(0):
-        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
 def _resources(search: Search) -> tune.PlacementGroupFactory:
     """Return what Tune reserves: an in-process trial's CPUs and GPUs, or a driver's next to nothing."""
     compute = search.run.compute
     if compute.num_workers == 0:
-        return tune.PlacementGroupFactory([bundle(compute)])
+        return tune.PlacementGroupFactory([placement.worker(compute)])
     # Not a share of a CPU: what it takes, the workers of a full cluster would lack. Something must be named.
     return tune.PlacementGroupFactory([{"memory": 1}])
 

@@ -59,7 +59,7 @@ def main() -> int:
 
     def act() -> int:
         search = spaces.load(recipes, overrides)
-        folder = (options.out or Path("runs") / search.name).expanduser().absolute()
+        folder = (options.out or run_folder.runs() / search.name).expanduser().absolute()
         if options.dry_run:
             dry_run(search, folder, resume=options.resume, console=console)
             return 0
@@ -97,13 +97,13 @@ def run(
 
 def dry_run(search: Search, folder: Path, *, resume: bool, console: Console) -> None:
     """Show the space, the scheduling arithmetic, and the configurations with their costs."""
+    from polyprompt import ray_train
     from polyprompt.plan import plan
-    from tuning import execution
     from tuning.capacity import capacity
 
     _check_identity(search, folder, resume)
     config = search.config
-    room = capacity(search.run.compute, execution.machines(), config.max_concurrent_trials)
+    room = capacity(search.run.compute, ray_train.machines(), config.max_concurrent_trials)
     listed = search.enumerated
     samples = listed if listed is not None else search.samples(8)
     num_trials = len(listed) if listed is not None else config.num_trials
@@ -143,14 +143,14 @@ def _search(
 
     config, compute = search.config, search.run.compute
     _check_identity(search, folder, resume)
-    capacity(compute, execution.machines(), config.max_concurrent_trials)
+    capacity(compute, ray_train.machines(), config.max_concurrent_trials)
     plan(search.run_config(search.samples(1)[0]))
     score = search.score or search.objectives[0]
     trials = Trials(folder / TRIALS, search.name, search.base, config.seeds, score.metric)
     known = _known(trials)
     write_whole(folder / IDENTITY, json.dumps(_identity(search), indent=1).encode())
     with ray_train.cluster(0, [Path(__file__).resolve().parent]), _interruptible() as ending:
-        room = capacity(compute, execution.machines(), config.max_concurrent_trials)
+        room = capacity(compute, ray_train.machines(), config.max_concurrent_trials)
         console.print(f"{search.name}: {room.text}", highlight=False, soft_wrap=True)
         study = _study(search, folder, known)
         parent = study_tracking.open_study(search.run.tracking, study) if search.run.tracking.enabled else None

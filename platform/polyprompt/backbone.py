@@ -269,7 +269,12 @@ def _load_model(config: BackboneConfig, source: str, model_config: Any, origin: 
 
 def _explain(config: BackboneConfig, error: Exception) -> str:
     what = f"backbone.name={config.name}" + (f", backbone.revision={config.revision}" if config.revision else "")
-    if config.gguf_file:
+    if "trust_remote_code" in str(error):
+        mend = (
+            "It comes with Python code of its own, which is not run: backbone.trust_remote_code is off. If you read "
+            "that code first, set backbone.trust_remote_code=true, and backbone.revision to the commit that you read"
+        )
+    elif config.gguf_file:
         what += f", backbone.gguf_file={config.gguf_file}"
         mend = "Expected this GGUF file of a Llama, Qwen or GPT-2 kind there, and the package gguf (pip install gguf)"
     elif Path(config.name).is_dir():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polyprompt.config import RunConfig
-from polyprompt.errors import PolypromptError
+from polyprompt.errors import PolypromptError, StoppedError
 from polyprompt.recipe import load
 
 Train = Callable[[RunConfig, Path | None], None]
@@ -49,9 +49,13 @@ def read_arguments(parser: argparse.ArgumentParser, example: str) -> tuple[argpa
 
 
 def exit_status(act: Callable[[], int], *, stopped: str) -> int:
-    """Return what `act` returns; 1 for an error of ours, which is shown; 130 for an interrupt, which says `stopped`."""
+    """Return what `act` returns; 1 for an error of ours, which is shown; 143 for a run that SIGTERM ended, which says
+    where; 130 for an interrupt, which says `stopped`."""
     try:
         return act()
+    except StoppedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 143
     except PolypromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -64,7 +68,7 @@ def dry_run(config: RunConfig, out: Path | None) -> None:
     """Check everything, the output folder too, and show what would be trained on what."""
     from rich.console import Console
 
-    from polyprompt import plan_report, run_folder
+    from polyprompt import plan_report, ray_train, run_folder
     from polyprompt.plan import plan
 
     run_folder.check(run_folder.choose(config, out), config)
@@ -72,3 +76,4 @@ def dry_run(config: RunConfig, out: Path | None) -> None:
     print(config.to_yaml())
     for table in plan_report.tables(checked):
         Console().print(table)
+    print(f"Workers: {ray_train.where(config)}")

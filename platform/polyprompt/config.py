@@ -17,6 +17,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_serializer,
     model_validator,
 )
 
@@ -36,7 +37,7 @@ from polyprompt.method_configs import (
     RoutedHyperPromptConfig,
     SMoPConfig,
 )
-from polyprompt.section import AbsolutePath, Section
+from polyprompt.section import AbsolutePath, Section, mask
 from polyprompt.task_configs import TaskEntry
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -218,18 +219,24 @@ class TrackingConfig(Section):
     """MLflow."""
 
     enabled: bool = True
-    #: None: $MLFLOW_TRACKING_URI, which always wins, or sqlite:///mlflow.db in the working folder.
-    uri: str | None = None
+    #: None: $MLFLOW_TRACKING_URI, which always wins, or mlflow.db in $POLYPROMPT_HOME, or in the working folder.
+    #: A password in it is written to no file.
+    uri: str | None = Field(default=None, repr=False)
     #: $MLFLOW_EXPERIMENT_NAME wins.
     experiment: str = "polyprompt"
     #: Sample CPU, memory and GPU use every so many seconds (None: never).
     system_metrics_interval_seconds: PositiveFloat | None = 10.0
 
+    @field_serializer("uri")
+    def _without_password(self, uri: str | None) -> str | None:
+        return uri and mask(uri)
+
 
 class RunConfig(Section):
     """One training run."""
 
-    #: Runs of the same name in the same place (`compute.storage_path`, else --out, else runs/) are the same run:
+    #: Runs of the same name in the same place (`compute.storage_path`, else --out, else runs/ in $POLYPROMPT_HOME or
+    #: the working folder) are the same run:
     #: started again, it goes on from its newest bundle. None: <method>-<hash of the config>.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")] | None = None
     backbone: BackboneConfig = BackboneConfig()

@@ -143,7 +143,7 @@ def fit(
             _evaluate(state, evaluate(), config, reporter)
         if state.stopped_early and state.window.steps:
             _log(state, tasks, optim, norm, reporter)
-        if due or state.step % save_every == 0:
+        if due or state.step % save_every == 0 or workers.stop:
             reporter.save(state, model, optim)
     return state
 

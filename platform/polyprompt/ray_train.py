@@ -7,6 +7,8 @@ The only file that imports ray.train. How Ray is used and why (each was seen to 
 - `ray.train.report` is a barrier that takes one poll of the controller: the poll is set from 2 s to 0.1 s.
 - The package travels to the workers as py_modules, so it need not be installed there.
 - An error of ours (bad data, NaN) would be retried by Ray like a lost node; it is returned, not raised, and ends it.
+- So would a mistake in code, and what does not fit into memory (LASTING): the worker leaves a note in the run folder
+  and fails, which ends the others, who may be waiting for it; the restarted workers find the note and end the run.
 - Ray's own chatter stays in Ray's log files; what our workers have to say is in run.log and shown from there.
 - Every path is absolute, because Ray changes the workers' working folder.
 """
@@ -18,6 +20,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,17 +30,34 @@ from typing import Any, Literal
 import torch
 
 import polyprompt
-from polyprompt import checkpoint, report, run_folder, tracking
+from polyprompt import checkpoint, placement, report, run_folder, tracking
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
-from polyprompt.worker import LOG, PROGRESS, Job, Outcome, train
+from polyprompt.stopping import on_sigterm
+from polyprompt.worker import LOG, PROGRESS, Job, Outcome, check_folder, train
+from polyprompt.workers import Workers
 
 POINTER = "bundle.json"
 PLACEMENT = "placement_group"
+#: Why no restart can help, left by the worker that failed.
+FATAL = "fatal"
+LASTING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    torch.OutOfMemoryError,
+)
 
 
 def run(
@@ -94,8 +114,8 @@ def _run(
         job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit(), stop=stop)
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
-        with _progress(place, config.train.max_steps):
-            outcome = _train_with_ray(job) if config.compute.num_workers else _train_here(job)
+        with _progress(place, config.train.max_steps), on_sigterm(place.folder) as listen:
+            outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job)
         result = _result(config, place, checked, outcome, handle)
         _leave(result, place, handle)
         status = "FINISHED"
@@ -116,7 +136,7 @@ def _train_here(job: Job) -> Outcome:
     return train(job, device, announce=lambda metrics, bundle: None)
 
 
-def _train_with_ray(job: Job) -> Outcome:
+def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], None]) -> Outcome:
     # Imported here because importing Ray Train takes seconds that an in-process run need not pay.
     compute = job.config.compute
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -126,14 +146,13 @@ def _train_with_ray(job: Job) -> Outcome:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
-    if compute.use_gpu:
-        resources["GPU"] = compute.gpus_per_worker
     # NCCL refuses two ranks on one GPU.
     backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
     storage = job.folder / "ray"
     with cluster(compute.num_workers * compute.cpus_per_worker):
+        listen()
         release(job.folder)
+        (job.folder / FATAL).unlink(missing_ok=True)
         gpus = compute.num_workers * compute.gpus_per_worker
         if compute.use_gpu and not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < gpus:
             raise ConfigError(
@@ -141,12 +160,17 @@ def _train_with_ray(job: Job) -> Outcome:
                 f"this machine has {ray.cluster_resources().get('GPU', 0):g}. Lower compute.num_workers or "
                 "compute.gpus_per_worker, set compute.use_gpu=false, or set RAY_ADDRESS to a cluster"
             )
+        room = placement.Room(compute, machines(), growth())
+        if not room.fits:
+            say(f"Waiting for room. {room.text}")
         trainer = TorchTrainer(
             _on_worker,  # type: ignore[arg-type]
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend=backend),
             scaling_config=ScalingConfig(
-                num_workers=compute.num_workers, use_gpu=compute.use_gpu, resources_per_worker=resources
+                num_workers=compute.num_workers,
+                use_gpu=compute.use_gpu,
+                resources_per_worker=placement.worker(compute),
             ),
             run_config=RunConfig(
                 name=uuid.uuid4().hex,
@@ -161,6 +185,8 @@ def _train_with_ray(job: Job) -> Outcome:
         except SystemExit:  # what Ray Train makes of Ctrl-C
             raise KeyboardInterrupt from None
         except (TrainingFailedError, RayError) as error:
+            if (job.folder / FATAL).exists():
+                raise TrainingError((job.folder / FATAL).read_text()) from error
             raise TrainingError(
                 f"the workers failed {compute.max_failures + 1} times, at last with: {_cause(error)}. Bundles in "
                 f"{job.bundles} are kept: mend the cause and start the same command again to go on"
@@ -169,7 +195,8 @@ def _train_with_ray(job: Job) -> Outcome:
             if threading.current_thread() is threading.main_thread():  # elsewhere Ray Train puts none
                 signal.signal(signal.SIGINT, handler)  # Ray Train puts its own and leaves it
             shutil.rmtree(storage, ignore_errors=True)  # pointers only
-            (job.folder / PLACEMENT).unlink(missing_ok=True)
+            for left in (PLACEMENT, FATAL):
+                (job.folder / left).unlink(missing_ok=True)
     if isinstance(answer, PolypromptError):
         raise answer
     assert isinstance(answer, Outcome)
@@ -183,7 +210,7 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
 
     first = ray.train.get_context().get_world_rank() == 0
     job, group = settings["job"], ray.util.get_current_placement_group()
-    if first and group is not None:
+    if first and group is not None and job.folder.is_dir():
         write_whole(job.folder / PLACEMENT, group.id.hex().encode())
 
     def announce(metrics: Mapping[str, float], bundle: Path) -> None:
@@ -193,9 +220,30 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
             ray.train.report(dict(metrics), checkpoint=pointer if first else None)
 
     try:
+        check_folder(job)
+        _check_fatal(job)
         return train(job, get_device(), announce)
     except PolypromptError as error:
         return error
+    except LASTING as error:
+        if not torch.distributed.is_initialized():
+            raise  # Ray ends this worker, for the sake of one that died, and torch.distributed complains
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        note = (
+            f"a worker failed in a way that a restart cannot mend: {type(error).__name__}: {error} ({at.filename}:"
+            f"{at.lineno}). Bundles in {job.bundles} are kept: mend the cause and start the same command again to go on"
+        )
+        write_whole(job.folder / FATAL, note.encode())
+        raise
+
+
+def _check_fatal(job: Job) -> None:
+    """Raise TrainingError on all workers if one of an earlier start has failed for good."""
+    file = job.folder / FATAL
+    workers = Workers(job.config.train.num_shards, job.config.compute.gradient_sum)
+    for found in workers.gather(file.read_text() if file.exists() else None):
+        if found is not None:
+            raise TrainingError(found)
 
 
 def release(folder: Path) -> None:
@@ -251,6 +299,39 @@ def cluster(num_cpus: int, py_modules: Sequence[Path] = ()) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def machines() -> list[placement.Node]:
+    """Return the resources of each machine of the cluster: the one of $RAY_ADDRESS, the one this process is in, or this
+    machine, on which none is started for that."""
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
+    with cluster(0):
+        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def growth() -> list[placement.Group]:
+    """Return what the cluster's autoscaler may add, as far as it has said; this process must be in the cluster."""
+    from ray._private.state import state
+
+    told = state.get_cluster_config()
+    groups = told.node_group_configs if told is not None else ()
+    return [placement.Group(group.name, dict(group.resources), group.max_count) for group in groups]
+
+
+def where(config: RunConfig) -> str:
+    """Say how many workers of which size a run asks for, and what the cluster has and may get for them."""
+    if config.compute.num_workers == 0:
+        return "none, it trains in this process"
+    if not os.environ.get("RAY_ADDRESS"):
+        # The Ray that a run starts on this machine has as many CPUs as are asked for.
+        cpus = max(os.cpu_count() or 1, config.compute.num_workers * config.compute.cpus_per_worker)
+        here = {"CPU": float(cpus), "GPU": float(torch.cuda.device_count())}
+        return placement.Room(config.compute, [here], ()).text
+    with cluster(0):
+        return placement.Room(config.compute, machines(), growth()).text
 
 
 def _cause(error: BaseException) -> str:

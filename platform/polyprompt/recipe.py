@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, long_form
 from polyprompt.errors import ConfigError, hint
+from polyprompt.section import mask
 from polyprompt.task_configs import TaskConfig, TextTaskConfig
 
 
@@ -35,7 +36,7 @@ def merge(tables: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) ->
         try:
             layers.append(_overrides(overrides))
         except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-            raise ConfigError(f"overrides {list(overrides)}: {error}") from error
+            raise ConfigError(mask(f"overrides {list(overrides)}: {error}")) from None
     merged: dict[str, Any] = {}
     for layer in layers:
         old, new = merged.get("method"), layer.get("method")
@@ -151,7 +152,7 @@ def _explain(fault: Any) -> str:
             return f"{key}.name: name the method; known: {', '.join(METHOD_NAMES)}"
         case "value_error":
             return str(fault["ctx"]["error"]) if key == "config" else f"{key}: {fault['ctx']['error']}"
-    return f"{key}: {fault['msg']} (got {fault['input']!r})"
+    return mask(f"{key}: {fault['msg']} (got {fault['input']!r})")
 
 
 def _siblings(loc: Sequence[Any]) -> list[str]:

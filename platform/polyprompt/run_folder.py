@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from polyprompt.config import RunConfig, shapes_result
 from polyprompt.errors import ConfigError, DataError
 from polyprompt.result import write_whole
+from polyprompt.section import home
 
 RUN, RESULT, BUNDLES, LOCK = "run.json", "result.json", "bundles", ".lock"
 
@@ -59,6 +60,11 @@ class RunFolder:
         write_whole(self.folder / RUN, json.dumps(table, indent=1).encode())
 
 
+def runs() -> Path:
+    """Return the folder that runs and studies without a folder of their own go to."""
+    return home() / "runs"
+
+
 def choose(config: RunConfig, out: Path | None) -> RunFolder:
     """Find the run's name and folders.
 
@@ -70,15 +76,15 @@ def choose(config: RunConfig, out: Path | None) -> RunFolder:
         mark = hashlib.sha256(str(out).encode()).hexdigest()[:6]
         name = config.name or f"{config.method.name}-{config.identity()}-{mark}"
     elif config.name is not None:
-        name, out = config.name, Path("runs").absolute() / config.name
+        name, out = config.name, runs() / config.name
     else:
         stem = f"{config.method.name}-{config.identity()}"
-        root = config.compute.storage_path or Path("runs").absolute()
+        root = config.compute.storage_path or runs()
         number = 1
         while (root / _numbered(stem, number) / RESULT).exists():
             number += 1
         name = _numbered(stem, number)
-        out = Path("runs").absolute() / name
+        out = runs() / name
     storage = config.compute.storage_path
     return RunFolder(name=name, folder=storage / name if storage else out, out=out)
 

@@ -1,5 +1,7 @@
-"""What every part of the config is made of."""
+"""What every part of the config is made of, and the folder that relative places lie in."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,27 @@ def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
+def home() -> Path:
+    """Return the folder of runs/ and mlflow.db: $POLYPROMPT_HOME, else the working folder.
+
+    A job that was submitted to a cluster loses its working folder when it ends: without the variable, ~/polyprompt.
+    """
+    if stated := os.environ.get("POLYPROMPT_HOME"):
+        return Path(stated).expanduser().absolute()
+    return Path.home() / "polyprompt" if is_submitted() else Path.cwd()
+
+
+def is_submitted() -> bool:
+    """Is this process the driver of a Ray job that was submitted?"""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def mask(text: str) -> str:
+    """Hide the passwords in the addresses of a text: user:password@, and password= behind a question mark."""
+    return re.sub(r"(?<=[?&]password=)[^&\s'\"]+", MASKED, re.sub(r"(?<=://)[^/\s]*@", f"{MASKED}@", text))
+
+
+MASKED = "***"
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 

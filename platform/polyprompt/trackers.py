@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from polyprompt.result import write_whole
+from polyprompt.section import mask
 from polyprompt.tracking import (
     MAX_METRICS_A_BATCH,
     Points,
     Row,
     RunHandle,
     json_number,
-    mask,
     now_ms,
     patience,
     read_rows,

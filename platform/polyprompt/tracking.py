@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from polyprompt import __version__
 from polyprompt.config import RunConfig, TrackingConfig, shapes_result
 from polyprompt.errors import PolypromptError, TrackingError
+from polyprompt.section import MASKED, home, mask
 from polyprompt.tasks.records import FileSource, HubSource, Source, TextSource
 
 LOGGER = logging.getLogger(__name__)
@@ -75,12 +76,18 @@ class Row(NamedTuple):
 
 
 def resolve_uri(config: TrackingConfig) -> str:
-    """Return the store's address: $MLFLOW_TRACKING_URI, else the config's, else mlflow.db here. Paths become absolute.
+    """Return the store's address: $MLFLOW_TRACKING_URI, else the config's, else mlflow.db in `home`. Paths become
+    absolute.
 
     Ray changes its workers' folder, so a relative path would be another store there.
-    Raises TrackingError for a sqlite store in memory.
+    Raises TrackingError for a sqlite store in memory, and for an address whose password was masked.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri or "sqlite:///mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri or f"sqlite:///{home() / 'mlflow.db'}"
+    if mask(uri) == uri and MASKED in uri:
+        raise TrackingError(
+            f"tracking.uri={uri} has lost its password: no file that a run writes holds one. Set MLFLOW_TRACKING_URI "
+            "to the whole address, or give the password in MLFLOW_TRACKING_PASSWORD and leave it out of the address"
+        )
     if uri.startswith("sqlite"):
         path, question, query = uri.partition("?")
         scheme, _, file = path.partition(":///")
@@ -115,8 +122,6 @@ def open_run(
     """
     uri, experiment = resolve_uri(config.tracking), resolve_experiment(config.tracking)
     texts = {slug(key): _param(value) for key, value in {**config.flat(), **(params or {})}.items()}
-    if "tracking.uri" in texts:
-        texts["tracking.uri"] = mask(texts["tracking.uri"])
     tags = {
         "method": config.method.name,
         "backbone": config.backbone.name,
@@ -209,11 +214,6 @@ def slug(name: str) -> str:
         return name
     parts = [part for part in clean.split("/") if part.strip(".")]
     return "/".join(parts)[: MAX_KEY_CHARACTERS - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-
-
-def mask(text: str) -> str:
-    """Hide user:password@ in the addresses of a text."""
-    return re.sub(r"(?<=://)[^/\s]*@", "***@", text)
 
 
 class Points:
@@ -500,7 +500,7 @@ def now_ms() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Send an unsent_metrics.jsonl to $MLFLOW_TRACKING_URI (or ./mlflow.db)."""
+    """Send an unsent_metrics.jsonl to $MLFLOW_TRACKING_URI (or mlflow.db)."""
     parser = argparse.ArgumentParser(prog="python -m polyprompt.tracking", description=main.__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("run_id")

@@ -6,6 +6,7 @@ The same code runs in-process and as a Ray Train worker; `announce` is how it te
 import json
 import logging
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +21,15 @@ from polyprompt import checkpoint
 from polyprompt.batches import Batches
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData
-from polyprompt.errors import PolypromptError, StoppedError
+from polyprompt.errors import ConfigError, PolypromptError, StoppedError
 from polyprompt.evaluate import evaluate
 from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.plan import build
 from polyprompt.result import write_whole
-from polyprompt.run_folder import BUNDLES
+from polyprompt.run_folder import BUNDLES, RUN
+from polyprompt.stopping import STOP
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Tracker, Trackers
 from polyprompt.tracking import RunHandle
 from polyprompt.workers import Workers
@@ -103,6 +105,8 @@ class RunReporter:
             )
             checkpoint.prune(self.job.bundles, state.kept_steps, self.job.config.train.save_total_limit)
         self.announce({"step": state.step, "loss": state.loss_curve[-1][1] if state.loss_curve else 0.0}, folder)
+        if self.workers.stop and state.step < self.job.config.train.max_steps and not state.stopped_early:
+            raise StoppedError(f"SIGTERM ended the run at step {state.step}; the same command goes on from {folder}")
         self._obey()
 
     def _obey(self) -> None:
@@ -119,6 +123,18 @@ class RunReporter:
         return str(found) if found else "none yet"
 
 
+def check_folder(job: Job) -> None:
+    """Raise ConfigError on all processes, naming the machines, if one of them does not see the run's folder."""
+    blind = None if (job.folder / RUN).is_file() else socket.gethostname()
+    workers = Workers(job.config.train.num_shards, job.config.compute.gradient_sum)
+    if machines := sorted({name for name in workers.gather(blind) if name is not None}):
+        raise ConfigError(
+            f"run folder {job.folder} is not there on {', '.join(machines)}, where the run has workers; bundles need "
+            "a folder that all machines share (NFS, EFS …). Set compute.storage_path to one, or POLYPROMPT_HOME where "
+            "Ray is started on the machine that jobs are submitted to"
+        )
+
+
 def train(job: Job, device: torch.device, announce: Announce) -> Outcome:
     """Train to the end, from the newest whole bundle if there is one. All processes return the same state.
 
@@ -126,7 +142,7 @@ def train(job: Job, device: torch.device, announce: Announce) -> Outcome:
     """
     config = job.config
     torch.set_num_threads(config.compute.cpus_per_worker)
-    workers = Workers(config.train.num_shards, config.compute.gradient_sum)
+    workers = Workers(config.train.num_shards, config.compute.gradient_sum, (job.folder / STOP).exists)
     with _log(job, workers):
         return _train(job, device, workers, announce)
 

@@ -9,7 +9,7 @@ merely close. Costs: 8 bytes a trained parameter, and no overlap of communicatio
 `ddp`: torch's DistributedDataParallel. It overlaps, and its rounding depends on the number of processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -22,7 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 class Workers:
     """This process among its peers. `num` processes; `shards`: the shards computed here; `first`: does it report?"""
 
-    def __init__(self, num_shards: int, gradient_sum: Literal["exact", "ddp"]) -> None:
+    def __init__(
+        self,
+        num_shards: int,
+        gradient_sum: Literal["exact", "ddp"],
+        wants_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """wants_to_stop: asked of this process at each step; see `stop`."""
         joined = dist.is_available() and dist.is_initialized()
         self.num = dist.get_world_size() if joined else 1
         rank = dist.get_rank() if joined else 0
@@ -31,6 +37,9 @@ class Workers:
         self._rank = rank
         self._exact = gradient_sum == "exact"
         self._parameters: list[nn.Parameter] = []
+        self._wants_to_stop = wants_to_stop
+        #: Did any process want to stop when the last step was finished? The same on all of them.
+        self.stop = False
 
     def start(self, model: nn.Module, num_totals: int) -> nn.Module:
         """Make the trained parameters equal on all processes; return the module whose forward is to be called.
@@ -39,14 +48,14 @@ class Workers:
         """
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         device = self._parameters[0].device
-        self._totals = torch.zeros(num_totals, dtype=torch.float64, device=device)
+        self._totals = torch.zeros(num_totals + 1, dtype=torch.float64, device=device)
         if not self._exact:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.num > 1:
             for parameter in self._parameters:
                 dist.broadcast(parameter.detach(), src=0)
         size = sum(p.numel() for p in self._parameters)
-        self._buffer = torch.zeros(size + num_totals, dtype=torch.float64, device=device)
+        self._buffer = torch.zeros(size + num_totals + 1, dtype=torch.float64, device=device)
         return model
 
     @property
@@ -63,7 +72,7 @@ class Workers:
     def add_shard(self, totals: Tensor) -> None:
         """Take in a finished shard: its gradients, which are cleared, and its totals (float64, 1-D)."""
         if not self._exact:
-            self._totals += totals
+            self._totals[:-1] += totals
             return
         offset = 0
         for parameter in self._parameters:
@@ -71,15 +80,18 @@ class Workers:
                 self._buffer[offset : offset + parameter.numel()] += parameter.grad.reshape(-1)
                 parameter.grad = None
             offset += parameter.numel()
-        self._buffer[offset:] += totals
+        self._buffer[offset:-1] += totals
 
     def finish(self) -> Tensor:
         """Sum over processes; every parameter's gradient is then the global batch's. Returns the summed totals."""
         summed = self._buffer if self._exact else self._totals
+        # The wish to stop travels with the sums: asking for it apart would cost a round a step.
+        summed[-1] = float(self._wants_to_stop())
         if self.num > 1:
             dist.all_reduce(summed)
+        self.stop = bool(summed[-1])
         if not self._exact:
-            totals = summed.clone()
+            totals = summed[:-1].clone()
             summed.zero_()
             return totals
         offset = 0
@@ -87,7 +99,7 @@ class Workers:
             end = offset + parameter.numel()
             parameter.grad = summed[offset:end].to(parameter.dtype).view_as(parameter)
             offset = end
-        totals = summed[offset:].clone()
+        totals = summed[offset:-1].clone()
         summed.zero_()
         return totals
 
