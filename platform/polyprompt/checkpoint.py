@@ -55,6 +55,8 @@ class Bundle:
     state: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     backbone: Mapping[str, Any]
+    #: Of a folded bundle (folding.py) the names of its tables and the texts beside them.
+    folded: Mapping[str, Any] | None = None
 
     def optimizer(self) -> dict[str, Any]:
         """Read the optimizer and schedule state."""
@@ -116,6 +118,7 @@ def read(folder: Path, *, backbone: Mapping[str, Any] | None = None) -> Bundle:
             state=json.loads((folder / STATE).read_text()),
             tensors=safetensors.torch.load_file(folder / TENSORS),
             backbone=manifest["backbone"],
+            folded=manifest.get("folded"),
         )
     except (ConfigError, SafetensorError, ValueError) as error:
         raise BundleError(f"bundle {folder} was written by another version and cannot be read: {error}") from error
@@ -175,6 +178,22 @@ def verify(folder: Path) -> dict[str, Any]:
         if _sha256(file) != expected:
             raise BundleError(f"bundle {folder} is damaged: {name} does not match its sha256; {mend}")
     return manifest
+
+
+def write_folded(bundle: Bundle, target: Path, tensors: Mapping[str, Tensor], folded: Mapping[str, Any]) -> Path:
+    """Write a bundle for prediction alone, with other tensors in it (folding.py), to a new folder; return that one."""
+    draft = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, draft / TENSORS, metadata={"format": "pt"})
+    for name in (STATE, CONFIG):
+        shutil.copyfile(bundle.folder / name, draft / name)
+    files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+    manifest = {**json.loads((bundle.folder / MANIFEST).read_text()), "folded": dict(folded), "files": files}
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    os.replace(draft, target)
+    return target
 
 
 def without_optimizer(folder: Path, target: Path) -> Path:

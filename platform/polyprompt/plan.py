@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import checkpoint, methods, source_prompts, starts
+from polyprompt import checkpoint, folding, methods, source_prompts, starts
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
 from polyprompt.config import RunConfig
 from polyprompt.costs import inference_flops, median_lengths
 from polyprompt.data import AnyData, majority, prepare
 from polyprompt.errors import ConfigError
+from polyprompt.methods.base import Method
 from polyprompt.mixture import Mixture, rates
 from polyprompt.model import PromptedModel, check_window, input_limit
 from polyprompt.tasks import catalog
@@ -82,12 +83,17 @@ def model_of(config: RunConfig, num_tasks: int, bundle: Bundle | None = None) ->
     )
     if bundle is not None:
         checkpoint.check_backbone(bundle, backbone.identity())
-    method = methods.build(
-        config.method,
-        backbone.dims(num_tasks),
-        seed=config.train.seed,
-        sources_JPH=source_prompts.read(config.method, backbone.identity(), bundle),
-    )
+    method: Method
+    if bundle is not None and bundle.folded is not None:
+        tables = folding.tables_of(bundle.tensors, bundle.folded["names"])
+        method = folding.Folded(tables, bundle.folded["texts"])
+    else:
+        method = methods.build(
+            config.method,
+            backbone.dims(num_tasks),
+            seed=config.train.seed,
+            sources_JPH=source_prompts.read(config.method, backbone.identity(), bundle),
+        )
     model = PromptedModel(backbone, method)
     if bundle is not None:
         model.load_trained_state(bundle.tensors)

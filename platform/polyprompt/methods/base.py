@@ -147,6 +147,9 @@ class Method(nn.Module, ABC):
     def join(self, model: Any) -> None:
         """Put modules of the method's own into the backbone's model. Called once, before training."""
 
+    def leave(self, model: Any) -> None:
+        """Work what `join` put there into the model's own weights, and take it out again."""
+
     def module_multiply_adds(self) -> Mapping[str, int]:
         """Return the multiply-adds that `join` added to modules of the backbone, by name, for each token they read."""
         return {}

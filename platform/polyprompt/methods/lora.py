@@ -74,6 +74,16 @@ class LoRA(Method):
                 # PEFT follows the dtype of the map, which is bf16 where it is frozen.
                 self.layers[name.replace(".", "/")] = nn.ModuleDict(maps).float()
 
+    def leave(self, model: Any) -> None:
+        """Add the update to each map, W + (alpha / rank)·B·A, in the map's own precision."""
+        for name in self.layers:
+            path = name.replace("/", ".")
+            layer: Any = model.get_submodule(path)
+            layer.merge()
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.get_base_layer())
+        self.layers = nn.ModuleDict()
+
     def module_multiply_adds(self) -> dict[str, int]:
         return {
             name.replace("/", "."): sum(weights.numel() for weights in layer.parameters())

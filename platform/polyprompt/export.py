@@ -1,0 +1,131 @@
+"""A trained run as something to hand on: folded tables, or a folder that transformers loads. Each has a card.
+
+folded   a bundle whose prompts are plain tables by task: no hypernetwork or re-parameterisation is computed any more
+hf       weights and tokenizer, for runs that trained the network (or LoRA, merged into it), and the prompts beside
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from polyprompt import checkpoint, folding
+from polyprompt.checkpoint import Bundle
+from polyprompt.errors import ConfigError
+from polyprompt.folding import Folded
+from polyprompt.method_configs import LoRAConfig
+from polyprompt.model import PromptedModel, input_limit
+from polyprompt.plan import model_of
+
+PROMPTS, TABLES, CARD = "prompts.safetensors", "prompts.json", "README.md"
+
+
+def folded(bundle: Path, out: Path, backbone: str | None = None) -> Path:
+    """Write the bundle with its prompts folded, as a bundle of its own; return its folder.
+
+    backbone: where it is now, if not where it was in training. Raises ConfigError for a method that cannot be folded,
+    and where `out` exists.
+    """
+    _check_free(out)
+    opened, model = _load(bundle, backbone)
+    if isinstance(opened.config.method, LoRAConfig) and opened.config.method.rank:
+        raise ConfigError("LoRA's update is folded into the weights themselves: --format hf")
+    tables, texts = _fold(opened, model)
+    plain = PromptedModel(model.backbone, Folded(tables, texts))
+    names: dict[str, Any] = {"names": sorted(tables), "texts": texts}
+    checkpoint.write_folded(opened, out, plain.trained_state(), names)
+    (out / CARD).write_text(card(opened, "a folded bundle: prompts by task as plain tables", _USE_BUNDLE), "utf-8")
+    return out
+
+
+def hub_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
+    """Write the trained network as a folder that transformers loads, its prompts beside it; return the folder.
+
+    Raises ConfigError where the network was not trained, for a method whose prompts cannot be folded, and where `out`
+    exists.
+    """
+    _check_free(out)
+    opened, model = _load(bundle, backbone)
+    lora = isinstance(opened.config.method, LoRAConfig)
+    if opened.config.train_backbone is not True and not lora:
+        raise ConfigError(
+            f"{bundle} trained prompts on a frozen backbone, whose weights are those of "
+            f"{opened.backbone['name']!r} still; export it with --format folded"
+        )
+    tables, texts = ({}, {}) if lora else _fold(opened, model)
+    model.method.leave(model.backbone.model)
+    draft = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.backbone.save(draft)
+    if tables:
+        safetensors.torch.save_file(tables, draft / PROMPTS, metadata={"format": "pt"})
+        tasks = opened.config.task_names
+        (draft / TABLES).write_text(json.dumps({"tasks": tasks, "names": sorted(tables), "texts": texts}, indent=1))
+    (draft / CARD).write_text(card(opened, "weights that transformers loads", _USE_HF), "utf-8")
+    os.replace(draft, out)
+    return out
+
+
+_USE_BUNDLE = """    python jobs/predict.py --model DIR --input questions.jsonl --output answers.jsonl
+
+or `polyprompt.predictor.Predictor(Path("DIR"))`. It cannot be trained further; the bundle it was made of can."""
+_USE_HF = """    AutoModelForSeq2SeqLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
+
+`prompts.safetensors`, where there is one, holds the prompts by task (`prompts.json` has the order), which transformers
+does not apply: without them the model is the network alone."""
+
+
+def card(bundle: Bundle, what: str, use: str) -> str:
+    """Return the card (Markdown): what it is, how it was trained, its scores, how to use it."""
+    config, state = bundle.config, bundle.state
+    step = int(state["train"]["step"])
+    lines = [
+        f"# {config.name or config.method.name}",
+        "",
+        f"Made by polyprompt: {what}. Method `{config.method.name}` on `{bundle.backbone['name']}` (sha256 "
+        f"`{str(bundle.backbone['sha256'])[:12]}`), {step:,} steps of {config.train.batch_size} rows.",
+        "",
+        "## Scores on the validation splits",
+        "",
+        "| task | score |",
+        "|---|---|",
+        *(f"| {task} | {values['score']:.4f} |" for task, values in _scores(state, step).items()),
+        "",
+        "## Use",
+        "",
+        use,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(state: Mapping[str, Any], step: int) -> Mapping[str, Mapping[str, float]]:
+    """Return the newest evaluation up to the bundle's step; a bundle between two has none of its own."""
+    evaluations = [e for e in state["train"]["evaluations"] if e["step"] <= step]
+    return evaluations[-1]["tasks"] if evaluations else {}
+
+
+def _load(bundle: Path, backbone: str | None) -> tuple[Bundle, PromptedModel]:
+    opened = checkpoint.read(bundle)
+    # Whatever it was trained in: tables and merged weights are not rounded to bf16.
+    train = opened.config.train.model_copy(update={"precision": "fp32"})
+    place = {} if backbone is None else {"name": backbone}
+    own = opened.config.backbone.model_copy(update=place)
+    config = opened.config.model_copy(update={"train": train, "backbone": own})
+    if opened.folded is not None:
+        raise ConfigError(f"{bundle} is folded already; export the bundle that it was made of")
+    return opened, model_of(config, len(config.tasks), opened).eval()
+
+
+def _fold(bundle: Bundle, model: PromptedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    dims = model.backbone.dims(len(bundle.config.tasks))
+    limit = input_limit(bundle.config, model.backbone, model.method)
+    return folding.fold(model.method, dims.num_tasks, dims.hidden, limit)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"--out {out} exists; choose another folder")
