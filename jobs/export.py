@@ -1,10 +1,11 @@
 """Hand a trained run on: its prompts folded into plain tables, or as a folder that transformers loads.
 
-    python jobs/export.py SOURCE --out DIR --format folded|hf
+    python jobs/export.py SOURCE --out DIR --format folded|peft|hf
 
 SOURCE: a run's folder (its best bundle) or a bundle. folded: a bundle for prediction, in which nothing that hangs on
-the task alone is computed any more. hf: weights and tokenizer of a run that trained the network (or LoRA, merged into
-it), the prompts beside. What cannot be exported is refused with the reason.
+the task alone is computed any more. peft: prompts before the input and LoRA, for Hugging Face PEFT. hf: weights and
+tokenizer of a run that trained the network (or LoRA, merged into it), the prompts beside. What cannot be exported is
+refused with the reason.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--format", choices=("folded", "hf"), required=True)
+    parser.add_argument("--format", choices=("folded", "peft", "hf"), required=True)
     parser.add_argument("--backbone", help="where the backbone is now, if not where it was in training")
     options = parser.parse_args()
 
@@ -29,7 +30,7 @@ def main() -> int:
         from polyprompt import export
         from polyprompt.predictor import find_bundle
 
-        write = {"folded": export.folded, "hf": export.hub_folder}[options.format]
+        write = {"folded": export.folded, "peft": export.peft_folder, "hf": export.hub_folder}[options.format]
         print(f"exported to {write(find_bundle(options.source.absolute()), options.out.absolute(), options.backbone)}")
         return 0
 

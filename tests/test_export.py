@@ -117,3 +117,38 @@ def test_lora_is_merged_into_the_weights(trained_run: Path, tmp_path: Path) -> N
         expected = tuned.backbone.model(input_ids=ids, decoder_input_ids=start).logits
         got = merged(input_ids=ids, decoder_input_ids=start).logits
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "prompt_tuning", "length": 3},
+        {"name": "p_tuning", "length": 3, "encoder_hidden_size": 8},
+        {"name": "mpt", "length": 3},
+        {"name": "lora", "rank": 2},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_peft_loads_it_with_equal_logits(trained_run: Path, tmp_path: Path, method: Table) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed: it is in the dev extra")
+    bundle = frozen(trained_run, tmp_path / "run", method)
+    out = export.peft_folder(bundle, tmp_path / "peft")
+    ours = Predictor(bundle)
+    for index, task in enumerate(ours.task_names):
+        plain = AutoModelForSeq2SeqLM.from_pretrained(ours.config.backbone.name)
+        folder = out if method["name"] == "lora" else out / task.replace("/", "_")
+        theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
+        ids, labels = torch.tensor([[5, 6, 7, 1]]), torch.tensor([[9, 1]])
+        with torch.no_grad():
+            expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            nll = ours.model(ids, torch.ones_like(ids), labels, torch.tensor([index])).total / 2
+        torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_peft_cannot_compute_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed: it is in the dev extra")
+    with pytest.raises(ConfigError, match="trained the backbone too"):
+        export.peft_folder(find_bundle(trained_run), tmp_path / "peft")
+    bundle = frozen(trained_run, tmp_path / "run", {"name": "prefix_tuning", "encoder_length": 2, "decoder_length": 2})
+    with pytest.raises(ConfigError, match="PEFT has nothing that computes it"):
+        export.peft_folder(bundle, tmp_path / "peft")

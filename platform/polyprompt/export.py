@@ -1,9 +1,11 @@
 """A trained run as something to hand on: folded tables, or a folder that transformers loads. Each has a card.
 
 folded   a bundle whose prompts are plain tables by task: no hypernetwork or re-parameterisation is computed any more
+    peft     what PEFT can compute: prompts before the input, and LoRA; a folder for each task, or one where they share it
 hf       weights and tokenizer, for runs that trained the network (or LoRA, merged into it), and the prompts beside
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from polyprompt import checkpoint, folding
 from polyprompt.checkpoint import Bundle
 from polyprompt.errors import ConfigError
 from polyprompt.folding import Folded
 from polyprompt.method_configs import LoRAConfig
+from polyprompt.methods.lora import LoRA
 from polyprompt.model import PromptedModel, input_limit
 from polyprompt.plan import model_of
 
 PROMPTS, TABLES, CARD = "prompts.safetensors", "prompts.json", "README.md"
+#: PEFT's own name.
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 def folded(bundle: Path, out: Path, backbone: str | None = None) -> Path:
@@ -70,6 +76,81 @@ def hub_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
     return out
 
 
+def peft_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
+    """Write what PEFT loads with equal logits: prompts before the input (as PEFT's prompt tuning), or LoRA.
+
+    Of prompts a folder for each task, named after it. Raises ConfigError with the reason for what PEFT cannot compute,
+    and where `out` exists.
+    """
+    _check_free(out)
+    opened, model = _load(bundle, backbone)
+    if opened.config.train_backbone is not False:
+        raise ConfigError(
+            f"{bundle} trained the backbone too, which PEFT's folders do not hold; use --format hf or folded"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("--format peft needs the package peft; install it: pip install 'polyprompt[peft]'")
+    draft = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    kind = "CAUSAL_LM" if model.backbone.dims(1).encoder is None else "SEQ_2_SEQ_LM"
+    if isinstance(model.method, LoRA):
+        _write_lora(model.method, opened, kind, draft)
+    else:
+        tables, _ = _fold(opened, model)
+        if set(tables) != {"inputs_KPH"}:
+            raise ConfigError(
+                f"method.name={opened.config.method.name} is more than prompts before the input, and PEFT has nothing that "
+                "computes it: its prefixes never reach T5's encoder, and in a decoder-only model they move the text to "
+                "other positions. Use --format folded"
+            )
+        for task, prompt_PH in zip(opened.config.task_names, tables["inputs_KPH"], strict=True):
+            _write_prompts(prompt_PH, opened, kind, draft / task.replace("/", "_"))
+    (draft / CARD).write_text(card(opened, "a folder that PEFT loads", _USE_PEFT), "utf-8")
+    os.replace(draft, out)
+    return out
+
+
+def _write_prompts(prompt_PH: torch.Tensor, bundle: Bundle, kind: str, folder: Path) -> None:
+    from peft import PromptTuningConfig
+
+    PromptTuningConfig(
+        task_type=kind,
+        num_virtual_tokens=prompt_PH.shape[0],
+        token_dim=prompt_PH.shape[1],
+        num_transformer_submodules=1,
+        base_model_name_or_path=str(bundle.backbone["name"]),
+        inference_mode=True,
+    ).save_pretrained(folder)
+    # Not a view into the table of all tasks, which would be written whole.
+    safetensors.torch.save_file(
+        {"prompt_embeddings": prompt_PH.clone()}, folder / PEFT_WEIGHTS, metadata={"format": "pt"}
+    )
+
+
+def _write_lora(method: LoRA, bundle: Bundle, kind: str, folder: Path) -> None:
+    from peft import LoraConfig
+
+    modules = [name.replace("/", ".") for name in method.layers]
+    LoraConfig(
+        task_type=kind,
+        r=method.config.rank,
+        lora_alpha=method.config.alpha,
+        target_modules=modules,
+        base_model_name_or_path=str(bundle.backbone["name"]),
+        inference_mode=True,
+    ).save_pretrained(folder)
+    weights = {}
+    for name, layer in zip(modules, method.layers.values(), strict=True):
+        maps: Any = layer
+        for part, linear in (("A", maps["down"]), ("B", maps["up"])):
+            weights[f"base_model.model.{name}.lora_{part}.weight"] = linear.weight.detach().clone()
+    safetensors.torch.save_file(weights, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+
+
+_USE_PEFT = """    PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(BACKBONE), "DIR/TASK")
+
+(`AutoModelForCausalLM` for a decoder-only backbone; LoRA lies in DIR itself). The text of a row is what the task's format makes of
+it."""
 _USE_BUNDLE = """    python jobs/predict.py --model DIR --input questions.jsonl --output answers.jsonl
 
 or `polyprompt.predictor.Predictor(Path("DIR"))`. It cannot be trained further; the bundle it was made of can."""
