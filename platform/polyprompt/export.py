@@ -1,7 +1,7 @@
-"""A trained run as something to hand on: folded tables, or a folder that transformers loads. Each has a card.
+"""A trained run as something to hand on: folded tables, or a folder that PEFT or transformers loads. Each has a card.
 
 folded   a bundle whose prompts are plain tables by task: no hypernetwork or re-parameterisation is computed any more
-    peft     what PEFT can compute: prompts before the input, and LoRA; a folder for each task, or one where they share it
+peft     what PEFT can compute: prompts before the input, a folder for each task, and LoRA
 hf       weights and tokenizer, for runs that trained the network (or LoRA, merged into it), and the prompts beside
 """
 
@@ -99,8 +99,8 @@ def peft_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
         tables, _ = _fold(opened, model)
         if set(tables) != {"inputs_KPH"}:
             raise ConfigError(
-                f"method.name={opened.config.method.name} is more than prompts before the input, and PEFT has nothing that "
-                "computes it: its prefixes never reach T5's encoder, and in a decoder-only model they move the text to "
+                f"method.name={opened.config.method.name} is more than prompts before the input, and PEFT has nothing "
+                "that computes it: its prefixes never reach T5's encoder, and in a decoder-only model they move the text to "
                 "other positions. Use --format folded"
             )
         for task, prompt_PH in zip(opened.config.task_names, tables["inputs_KPH"], strict=True):
@@ -149,8 +149,8 @@ def _write_lora(method: LoRA, bundle: Bundle, kind: str, folder: Path) -> None:
 
 _USE_PEFT = """    PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(BACKBONE), "DIR/TASK")
 
-(`AutoModelForCausalLM` for a decoder-only backbone; LoRA lies in DIR itself). The text of a row is what the task's format makes of
-it."""
+(`AutoModelForCausalLM` for a decoder-only backbone; LoRA lies in DIR itself). The text of a row is what the task's
+format makes of it."""
 _USE_BUNDLE = """    python jobs/predict.py --model DIR --input questions.jsonl --output answers.jsonl
 
 or `polyprompt.predictor.Predictor(Path("DIR"))`. It cannot be trained further; the bundle it was made of can."""
