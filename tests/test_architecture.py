@@ -18,7 +18,7 @@ ONLY = {
     "ray": {"ray_train.py"},
     "mlflow": {"tracking.py", "study_tracking.py", "registry.py"},
     "datasets": {"data.py"},
-    "peft": {"lora.py"},
+    "peft": {"lora.py", "export.py"},
     "transformers": {"backbone.py", "decoder_only.py", "prompted_attention.py", "optim.py"},
 }
 
