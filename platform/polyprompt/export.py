@@ -100,8 +100,8 @@ def peft_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
         if set(tables) != {"inputs_KPH"}:
             raise ConfigError(
                 f"method.name={opened.config.method.name} is more than prompts before the input, and PEFT has nothing "
-                "that computes it: its prefixes never reach T5's encoder, and in a decoder-only model they move the text "
-                "to other positions. Use --format folded"
+                "that computes it: its prefixes never reach T5's encoder, and in a decoder-only model they move the "
+                "text to other positions. Use --format folded"
             )
         for task, prompt_PH in zip(opened.config.task_names, tables["inputs_KPH"], strict=True):
             _write_prompts(prompt_PH, opened, kind, draft / task.replace("/", "_"))
