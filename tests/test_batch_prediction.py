@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -112,6 +114,24 @@ def test_csv_and_parquet_are_read(work: Work, predictor: Predictor, tmp_path: Pa
     pq.write_table(pyarrow.csv.read_csv(table), from_parquet.input)
     assert answer_all(from_parquet, predictor) == (2, 0)
     assert from_csv.output.read_text() == from_parquet.output.read_text()
+
+
+def test_columns_of_other_tasks_stay_empty(work: Work, predictor: Predictor, tmp_path: Path) -> None:
+    table = tmp_path / "mixed.csv"
+    table.write_text(
+        "task,text,premise,hypothesis,input\n"
+        "my/larger,3 and 5,,,\n"
+        "embedded/nli,,all poets ran,some poets ran,\n"
+        "embedded/nli,,,,nli premise: all poets ran hypothesis: some poets ran\n"
+    )
+    mixed = Work(work.bundle, table, tmp_path / "a.jsonl")
+    assert answer_all(mixed, predictor) == (3, 0)
+    _, fields, text = (json.loads(line) for line in mixed.output.read_text().splitlines())
+    assert fields["input"] == text["input"]
+    timed = Work(work.bundle, tmp_path / "timed.parquet", tmp_path / "b.jsonl")
+    rows = [{"task": "my/larger", "text": "3 and 5", "seen": datetime(2026, 1, 2)}, {"task": None, "text": "x"}]
+    pq.write_table(pa.Table.from_pylist(rows), timed.input)
+    assert answer_all(timed, predictor) == (2, 1)
 
 
 def test_other_work_in_the_same_place_is_refused(work: Work) -> None:

@@ -11,7 +11,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from polyprompt import checkpoint, sources
 from polyprompt.errors import ConfigError, DataError
 from polyprompt.predictor import Prediction, Predictor
 from polyprompt.result import write_whole
+from polyprompt.tasks.records import Row
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 JOB, ROWS, ANSWERS = "job.json", "rows.jsonl", "answers.jsonl"
@@ -92,13 +93,21 @@ def cut(work: Work) -> int:
     rows = sources.each_row(work.input)
     num_parts = 0
     while part := list(islice(rows, work.part_rows)):
-        lines = (json.dumps({ERROR: str(row)} if isinstance(row, DataError) else dict(row)) for _, row in part)
+        # Parquet has values that JSON has not, such as times.
+        lines = (json.dumps(_fields(row), default=str) for _, row in part)
         write_whole(work.rows(num_parts), "".join(f"{line}\n" for line in lines).encode())
         num_parts += 1
     if not num_parts:
         raise DataError(f"{work.input}: the file has no rows")
     write_whole(job, json.dumps({**asked, "num_parts": num_parts}).encode())
     return num_parts
+
+
+def _fields(row: Row | DataError) -> Mapping[str, Any]:
+    """Return what a row says, without what a column of another task left empty."""
+    if isinstance(row, DataError):
+        return {ERROR: str(row)}
+    return {field: value for field, value in row.items() if value not in (None, "")}
 
 
 def missing(work: Work, num_parts: int) -> list[int]:
