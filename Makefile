@@ -7,8 +7,12 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python jobs/multitask.py jobs/recipes/embedded.yaml
 
+# The fast tests run beside those that start Ray, which mostly wait: one after the other takes a third longer.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(ARGS) > .venv/fast_tests.log 2>&1 & fast=$$!; \
+	$(BIN)/python -m pytest -m "(ray or slow) and not gpu" $(ARGS); rest=$$?; \
+	wait $$fast; fast=$$?; cat .venv/fast_tests.log; \
+	test $$fast -eq 0 -a $$rest -eq 0
 
 check: .venv/installed
 	$(BIN)/ruff check .
