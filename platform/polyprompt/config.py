@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -283,6 +283,12 @@ class RunConfig(Section):
     @property
     def task_names(self) -> list[str]:
         return [t if isinstance(t, str) else t.name for t in self.tasks]
+
+    def with_backbone_at(self, name: str | None) -> Self:
+        """Return this config with its backbone in another place (None: where it was)."""
+        if name is None:
+            return self
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"name": name})})
 
     @property
     def train_backbone(self) -> bool | Literal["layer_norms"]:

@@ -5,11 +5,12 @@ peft     what PEFT can compute: prompts before the input, a folder for each task
 hf       weights and tokenizer, for runs that trained the network (or LoRA, merged into it), and the prompts beside
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,13 @@ def hub_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
         )
     tables, texts = ({}, {}) if lora else _fold(opened, model)
     model.method.leave(model.backbone.model)
-    draft = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.backbone.save(draft)
-    if tables:
-        safetensors.torch.save_file(tables, draft / PROMPTS, metadata={"format": "pt"})
-        tasks = opened.config.task_names
-        (draft / TABLES).write_text(json.dumps({"tasks": tasks, "names": sorted(tables), "texts": texts}, indent=1))
-    (draft / CARD).write_text(card(opened, "weights that transformers loads", _USE_HF), "utf-8")
-    os.replace(draft, out)
+    with _written(out) as draft:
+        model.backbone.save(draft)
+        if tables:
+            safetensors.torch.save_file(tables, draft / PROMPTS, metadata={"format": "pt"})
+            order = {"tasks": opened.config.task_names, "names": sorted(tables), "texts": texts}
+            (draft / TABLES).write_text(json.dumps(order, indent=1))
+        (draft / CARD).write_text(card(opened, "weights that transformers loads", _USE_HF), "utf-8")
     return out
 
 
@@ -90,12 +89,9 @@ def peft_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
         )
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("--format peft needs the package peft; install it: pip install 'polyprompt[peft]'")
-    draft = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     kind = "CAUSAL_LM" if model.backbone.dims(1).encoder is None else "SEQ_2_SEQ_LM"
-    if isinstance(model.method, LoRA):
-        _write_lora(model.method, opened, kind, draft)
-    else:
+    tables: dict[str, Any] = {}
+    if not isinstance(model.method, LoRA):
         tables, _ = _fold(opened, model)
         if set(tables) != {"inputs_KPH"}:
             raise ConfigError(
@@ -103,10 +99,13 @@ def peft_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
                 "that computes it: its prefixes never reach T5's encoder, and in a decoder-only model they move the "
                 "text to other positions. Use --format folded"
             )
-        for task, prompt_PH in zip(opened.config.task_names, tables["inputs_KPH"], strict=True):
-            _write_prompts(prompt_PH, opened, kind, draft / task.replace("/", "_"))
-    (draft / CARD).write_text(card(opened, "a folder that PEFT loads", _USE_PEFT), "utf-8")
-    os.replace(draft, out)
+    with _written(out) as draft:
+        if isinstance(model.method, LoRA):
+            _write_lora(model.method, opened, kind, draft)
+        else:
+            for task, prompt_PH in zip(opened.config.task_names, tables["inputs_KPH"], strict=True):
+                _write_prompts(prompt_PH, opened, kind, draft / task.replace("/", "_"))
+        (draft / CARD).write_text(card(opened, "a folder that PEFT loads", _USE_PEFT), "utf-8")
     return out
 
 
@@ -193,9 +192,7 @@ def _load(bundle: Path, backbone: str | None) -> tuple[Bundle, PromptedModel]:
     opened = checkpoint.read(bundle)
     # Whatever it was trained in: tables and merged weights are not rounded to bf16.
     train = opened.config.train.model_copy(update={"precision": "fp32"})
-    place = {} if backbone is None else {"name": backbone}
-    own = opened.config.backbone.model_copy(update=place)
-    config = opened.config.model_copy(update={"train": train, "backbone": own})
+    config = opened.config.with_backbone_at(backbone).model_copy(update={"train": train})
     if opened.folded is not None:
         raise ConfigError(f"{bundle} is folded already; export the bundle that it was made of")
     return opened, model_of(config, len(config.tasks), opened).eval()
@@ -205,6 +202,16 @@ def _fold(bundle: Bundle, model: PromptedModel) -> tuple[dict[str, Any], dict[st
     dims = model.backbone.dims(len(bundle.config.tasks))
     limit = input_limit(bundle.config, model.backbone, model.method)
     return folding.fold(model.method, dims.num_tasks, dims.hidden, limit)
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """Hand out a folder aside, which becomes `out` once it is filled."""
+    draft = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    os.replace(draft, out)
 
 
 def _check_free(out: Path) -> None:

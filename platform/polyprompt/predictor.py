@@ -86,9 +86,7 @@ class Predictor:
         Raises BundleError for a damaged bundle or another backbone, ConfigError where the backbone cannot be loaded.
         """
         opened = checkpoint.read(bundle)
-        config = opened.config
-        if backbone is not None:
-            config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"name": backbone})})
+        config = opened.config.with_backbone_at(backbone)
         self.config, self.bundle, self.device = config, bundle, torch.device(device)
         self.tasks: tuple[Task | None, ...] = catalog.forms(config)
         self.model = model_of(config, len(self.tasks), opened)

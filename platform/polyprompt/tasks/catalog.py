@@ -56,7 +56,10 @@ def fields(task: Task) -> tuple[str, ...]:
     return ()
 
 
-def _task(entry: str | TaskConfig | TextTaskConfig, root: Path | None) -> Task | TextTask:
+def _task(
+    entry: str | TaskConfig | TextTaskConfig, root: Path | None, splits: tuple[str, ...] | None = None
+) -> Task | TextTask:
+    """Return a task; splits: those that must be in `root` (train and validation)."""
     if isinstance(entry, TextTaskConfig):
         return text_task_of(entry)
     if isinstance(entry, TaskConfig):
@@ -67,15 +70,12 @@ def _task(entry: str | TaskConfig | TextTaskConfig, root: Path | None) -> Task |
     task = known[entry]
     if root is None or entry not in CATALOGUE:
         return task
-    return replace(task, source=_files(task, root, (task.train_split, task.validation_split)))
+    return replace(task, source=_files(task, root, splits or (task.train_split, task.validation_split)))
 
 
 def of_split(entry: str | TaskConfig, root: Path | None, split: str) -> Task:
     """Return a task with the source of one split alone. Raises as `resolve` does."""
-    if isinstance(entry, TaskConfig):
-        return task_of(entry)
-    task = cast(Task, _task(entry, None))
-    return replace(task, source=_files(task, root, (split,))) if root is not None and entry in CATALOGUE else task
+    return cast(Task, _task(entry, root, (split,)))
 
 
 def known_tasks() -> Mapping[str, Task]:
