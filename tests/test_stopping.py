@@ -91,13 +91,16 @@ def test_the_second_signal_is_a_ctrl_c_and_handlers_are_put_back(tmp_path: Path)
 
 
 def test_a_run_that_does_not_stop_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGINT may be blocked, as in Ray's jobs."""
+    """SIGINT may be ignored, as in what a script starts with "&", or blocked, as in Ray's jobs."""
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "0.1")
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with on_sigterm(tmp_path):
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            threading.Event().wait(60)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with on_sigterm(tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                threading.Event().wait(60)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_stop_file_of_a_killed_start_stops_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def on_sigterm(folder: Path) -> Iterator[Callable[[], None]]:
     """While inside, SIGTERM to this process puts the stop file into the run's folder. Yields what listens anew after
     someone else, `ray.init`, has put a handler of its own.
 
-    A second SIGTERM, or the end of most of the time that the sender gives, is a Ctrl-C: what was trained since the
+    A second SIGTERM, or the end of most of the time that the sender gives, is as a Ctrl-C: what was trained since the
     newest bundle is lost then. Does nothing where signals cannot be handled, in a thread of a search's trial.
     """
     file = folder / STOP
@@ -27,13 +27,13 @@ def on_sigterm(folder: Path) -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    too_late = threading.Timer(_grace_seconds(), os.kill, (os.getpid(), signal.SIGINT))
+    too_late = threading.Timer(_grace_seconds(), os.kill, (os.getpid(), signal.SIGTERM))
     too_late.daemon = True
 
     def handle(number: int, frame: FrameType | None) -> None:
         if file.exists():
-            signal.raise_signal(signal.SIGINT)
-            return
+            # Not by SIGINT, which Ray blocks in its jobs and a shell ignores for what a script starts with "&".
+            raise KeyboardInterrupt
         file.touch()
         too_late.start()
         # print() may be what was interrupted, and it cannot be entered twice.
@@ -44,8 +44,6 @@ def on_sigterm(folder: Path) -> Iterator[Callable[[], None]]:
 
     before = signal.getsignal(signal.SIGTERM)
     listen()
-    # Ray blocks SIGINT in the jobs it starts.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         yield listen
     finally:
