@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
+from skills.lists import SUITE_WORDS
+
 T = TypeVar("T")
 
 
@@ -65,9 +67,21 @@ MARKS = (
     ("x", "y", "z", "v", "w"),
 )
 #: This share of a task's rows is worded in one way.
-PLAIN = 0.6
-#: Besides any common word of the books, these stand for a label that the row names.
-SIGNS = tuple("A B C X Y Z 1 2 3 4 5 one two red blue green up down left right this that".split())
+PLAIN = 0.7
+#: These stand for a label that the row names, as does any common word of the books. The label words of benchmarks are
+#: among them, each for any label of any task: a model can then say them and knows nothing of what they stand for.
+SIGNS = SUITE_WORDS + tuple(
+    """A B C X Y Z 1 2 3 4 5 one two red blue green up down left right this that first second high low in out east west
+    true false not_entailment duplicate not_duplicate 0.0 1.0 2.0 3.0 4.0 5.0""".split()
+)
+
+
+#: Words that may name or stand for anything, where no words of the books are at hand.
+COMMON = tuple(
+    """day hand house time way world heart word voice door night head place life mind thing room face work side friend
+    money name nature number order part people point power reason road school sea ship street summer table town tree
+    village water winter year fire earth air book road king queen""".split()
+)
 
 
 def place(rng: Random, ask: str, body: str) -> str:
@@ -92,7 +106,7 @@ def sign_words(rng: Random, words: Sequence[str], count: int) -> tuple[str, ...]
     """Pick words that mean nothing here to stand for the labels of one row."""
     picked: list[str] = []
     while len(picked) < count:
-        word = rng.choice(SIGNS) if rng.random() < 0.5 else rng.choice(words)
+        word = rng.choice(SIGNS) if rng.random() < 0.6 else rng.choice(words)
         if word.lower() not in [p.lower() for p in picked]:
             picked.append(word)
     return tuple(picked)
@@ -103,12 +117,14 @@ def judge(
 ) -> Draft:
     """Ask which label fits the text. conditions: for each label ways to complete "say x if ...".
 
-    Most rows put the first question in the same words, in front: a task is learned there first, and carried over to the
-    others. Four of ten of those ask with a question's own answers, unnamed or named; the rest say which word stands
-    for which label, mostly words that have nothing to do with it, so that the row must be read.
+    Most rows put the first question in the same words, in front, and name the answers in the order of the labels: its
+    own, or signs picked for the row, which are then known by their place alone. So the question and the words that
+    answer it can be steered apart from each other. Of the others four in nine ask with a question's own answers; the
+    rest say which word stands for which label, mostly words that have nothing to do with it.
     """
     if rng.random() < PLAIN:
-        return Draft(f"{asks[0].question} : {body}", asks[0].words[label], asks[0].words)
+        named = asks[0].words if rng.random() < 0.3 else sign_words(rng, words, len(conditions))
+        return Draft(f"{asks[0].question} , {' or '.join(named)} : {body}", named[label], tuple(named))
     style, ask = rng.random(), rng.choice(asks)
     if style < 0.25:
         return Draft(place(rng, ask.question + "?", body), ask.words[label], ask.words)
@@ -140,8 +156,14 @@ def pick(rng: Random, ask: str, body: str, right: str, wrong: Sequence[str]) -> 
     options = [right, *wrong]
     rng.shuffle(options)
     if rng.random() < PLAIN:
-        parts = (ask.rstrip("?"), body, " , ".join(options))
-        return Draft(" : ".join(part for part in parts if part), right, tuple(options))
+        ask = ask.rstrip("?")
+        if rng.random() < 0.5:
+            parts = (ask, body, " , ".join(options))
+            return Draft(" : ".join(part for part in parts if part), right, tuple(options))
+        # As in judge: the signs stand for the options by their order.
+        signs = sign_words(rng, COMMON, len(options))
+        given = _fields(rng, [*options, body] if rng.random() < 0.5 else [body, *options])
+        return Draft(f"{ask} , {' or '.join(signs)} : {given}", signs[options.index(right)], signs)
     if rng.random() < 0.5:
         return Draft(_with_options(rng, ask, body, _listed(rng, options)), right, tuple(options))
     marks = rng.choice(MARKS)[: len(options)]
@@ -150,6 +172,14 @@ def pick(rng: Random, ask: str, body: str, right: str, wrong: Sequence[str]) -> 
         layout.format(m=m, o=o.rstrip(".")) for m, o in zip(marks, options, strict=True)
     )
     return Draft(_with_options(rng, ask, body, listed), marks[options.index(right)], marks)
+
+
+def _fields(rng: Random, parts: Sequence[str]) -> str:
+    """Join the parts, each behind a name that tells nothing, or none."""
+    parts = [part for part in parts if part]
+    if rng.random() < 0.3:
+        return " / ".join(parts)
+    return " ".join(f"{name} : {part}" for name, part in zip(sign_words(rng, COMMON, len(parts)), parts, strict=True))
 
 
 def _with_options(rng: Random, ask: str, body: str, options: str) -> str:

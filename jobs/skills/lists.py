@@ -196,7 +196,7 @@ CHAINS = tuple(
 )
 SPELLED = "ei ie ll l ss s rr r tt t ea ae ou uo ph f th ht".split()
 
-#: Every label word of the suite, without a meaning: only to be read off, never as the answer to a judgement.
+#: Every label word of the suite, without a meaning: to be read off, and as a sign for any label of any question.
 SUITE_WORDS = tuple(
     """negative positive unacceptable acceptable entailment neutral contradiction not_equivalent equivalent False True
     no yes choice1 choice2""".split()

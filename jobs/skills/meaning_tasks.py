@@ -69,7 +69,11 @@ def alike(rng: Random, books: Books) -> Draft:
     )
     conditions = (("they are of two kinds", "the subjects differ"), ("they are of one kind", "the subject is shared"))
     body = rng.choice(("{} / {}", "left : {} right : {}", "{} with {}", "{} - {}"))
-    return judge(rng, body.format(" , ".join(left), " , ".join(right)), label, asks, conditions, books.words)
+    sides = [rng.choice((" , ", " and ", " ")).join(side) for side in (left, right)]
+    if rng.random() < 0.4:  # the same words on both sides, which say nothing
+        lead = rng.choice(books.words)
+        sides = [rng.choice((f"{lead} , {side}", f"{lead} beside {side}", f"{side} , {lead}")) for side in sides]
+    return judge(rng, body.format(*sides), label, asks, conditions, books.words)
 
 
 def synonym(rng: Random, books: Books) -> Draft:
@@ -221,6 +225,9 @@ def cause_effect(rng: Random, books: Books) -> Draft:
         if why
         else ("what came of it?", "what happened then?", "what did it lead to?", "and afterwards?")
     )
+    if rng.random() < 0.4:  # the question stands behind the event
+        which = rng.choice(("cause", "reason", "origin") if why else ("effect", "result", "outcome"))
+        return pick(rng, "cause or effect?", f"{name} {chain[1]} : {which}", right, [wrong])
     return pick(rng, rng.choice(asks), f"{name} {chain[1]}", right, [wrong])
 
 

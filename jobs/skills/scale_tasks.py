@@ -83,25 +83,30 @@ def nearer(rng: Random, books: Books) -> Draft:
     return pick(rng, ask, "", right, [w for w in others if w != right])
 
 
+_STEPS = tuple("none one two three four five six".split())
+
+
 def closeness(rng: Random, books: Books) -> Draft:
-    """How close are two words of a circle: same, near, far; or a mark out of ten? Words, not sentences."""
+    """How close are two words of a circle: how many steps apart, far or near, a mark out of ten? No sentences."""
     name, circle = rng.choice(sorted(CIRCLES.items()))
-    furthest, label = len(circle) // 2, rng.randrange(3)
-    # More than half of the furthest way is far.
-    far = (furthest + 2) // 2
-    way = (rng.randint(far, furthest), rng.randint(1, far - 1), 0)[label]
+    furthest = len(circle) // 2
+    way = rng.randint(0, furthest)
     first, second = _apart(rng, circle, way)
-    mark = round(10 * (1 - way / furthest))
-    body = rng.choice(("{} and {}", "{} / {}", "from {} to {}", "{} , {}")).format(first, second)
-    if rng.random() < 0.5:
+    lead = " ".join(rng.sample(books.words, rng.randint(1, 3))) + " " if rng.random() < 0.4 else ""
+    body = rng.choice(("{0}{1} and {0}{2}", "{0}{1} / {0}{2}", "from {0}{1} to {0}{2}", "{0}{1} , {0}{2}"))
+    body = body.format(lead, first, second)
+    if rng.random() < 0.15:
         ask = rng.choice(("how close are they , from 0 to 10?", "give 10 if same , 0 if opposite , else between"))
-        return Draft(place(rng, ask, f"{name} : {body}"), str(mark))
-    asks = (
-        Ask("far , near or same", ("far", "near", "same")),
-        Ask("are they wide apart , close , or one", ("wide", "close", "one")),
-    )
-    conditions = (("they are far apart",), ("they are near but not the same",), ("they are the same",))
-    return judge(rng, body, label, asks, conditions, books.words)
+        return Draft(place(rng, ask, f"{name} : {body}"), str(round(10 * (1 - way / furthest))))
+    if rng.random() < 0.15:
+        # More than half of the furthest way is far.
+        label = 2 if way == 0 else int(2 * way <= furthest)
+        asks = (Ask("far , near or same", ("far", "near", "same")), Ask("wide or close", ("wide", "close", "one")))
+        conditions = (("they are far apart",), ("they are near but not the same",), ("they are the same",))
+        return judge(rng, body, label, asks, conditions, books.words)
+    steps = _STEPS[: furthest + 1]
+    asks = (Ask("how many steps apart", steps), Ask("how far apart are they", steps))
+    return judge(rng, body, way, asks, [(f"the steps are {step}",) for step in steps], books.words)
 
 
 def more_or_less(rng: Random, books: Books) -> Draft:

@@ -98,7 +98,7 @@ _NOUNS = tuple(
     (one, many)
     for one, many in (
         *((w, PLURALS[w]) for w in PLURALS if PLURALS[w] != w and w not in ("half", "day", "way", "life", "eye")),
-        *((w, w + "s") for w in CREATURES if w[-1] not in "fy"),
+        *((w, w + "s") for w in (*CREATURES, *suite.PEOPLE) if w[-1] not in "fy"),
         *((w, w + "s") for name in ("vehicle", "tool", "bird") for w in CATEGORIES[name] if w[-1] in "rtmknlebgw"),
     )
     if one not in ("goose", "cab", "knife", "dove")
@@ -143,10 +143,10 @@ def agreement(rng: Random, books: Books) -> Draft:
     if broken == words:
         return agreement(rng, books)
     kind, good, bad = rng.random(), " ".join(words), " ".join(broken)
-    if kind < 0.6:
+    if kind < 0.75:
         label = rng.randrange(2)
         return judge(rng, good if label else bad, label, INTACT, INTACT_IF, books.words)
-    if kind < 0.8:
+    if kind < 0.9:
         return pick(rng, rng.choice(("which is good English?", "which one is right?")), "", good, [bad])
     gap = " ".join([*words[:at], rng.choice(("___", "...", "_")), *words[at + 1 :]])
     return pick(rng, rng.choice(("fill the gap", "which word fits?", "what is missing?")), gap, words[at], [wrong])
