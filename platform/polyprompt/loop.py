@@ -17,7 +17,7 @@ from polyprompt import router_health
 from polyprompt.batches import Batches, GlobalBatch
 from polyprompt.config import RunConfig
 from polyprompt.errors import NotFiniteError
-from polyprompt.model import PromptedModel
+from polyprompt.model import Loss, PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.workers import Workers
 
@@ -160,7 +160,7 @@ def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: Ru
             with workers.accumulating(module, last):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                     loss = module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
-                objective = loss.total / batch.num_target_tokens + loss.penalty_B.sum() / batch.num_rows
+                objective = _objective(loss, batch, config) + loss.penalty_B.sum() / batch.num_rows
                 (objective * workers.loss_scale).backward()
             part = _totals(loss, micro.task_B, num_tasks)
             totals = part if totals is None else totals + part
@@ -169,9 +169,16 @@ def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: Ru
     return workers.finish()
 
 
-def _totals(loss: Any, task_B: Tensor, num_tasks: int) -> Tensor:
+def _objective(loss: Loss, batch: GlobalBatch, config: RunConfig) -> Tensor:
+    """This micro-batch's share of the global batch's loss; the shares add up to it, however the batch is cut."""
+    if config.train.loss_reduction == "token":
+        return loss.total / batch.num_target_tokens
+    return (loss.nll_B / loss.tokens_B).sum() / batch.num_rows
+
+
+def _totals(loss: Loss, task_B: Tensor, num_tasks: int) -> Tensor:
     """Sum by task: negative log-likelihood, target tokens, penalty, and what router_health wants. Float64, flat."""
-    columns_BX = torch.stack([loss.nll_B, loss.tokens_B, loss.penalty_B.detach()], dim=1).double()
+    columns_BX = torch.stack([loss.nll_B.detach(), loss.tokens_B, loss.penalty_B.detach()], dim=1).double()
     if "router/load" in loss.aux:
         columns_BX = torch.cat([columns_BX, router_health.rows(loss.aux)], dim=1)
     table_KX = columns_BX.new_zeros(num_tasks, columns_BX.shape[1])

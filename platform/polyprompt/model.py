@@ -28,15 +28,18 @@ MIN_INPUT = 4
 
 
 class Loss(NamedTuple):
-    """total: negative log-likelihood in nats, summed over all target tokens of the batch (fp32). nll_B: the same by
-    row, detached. tokens_B: target tokens by row. aux: the method's statistics. penalty_B: the method's further
-    loss by row, 0 for most methods."""
+    """nll_B: negative log-likelihood in nats, summed over the row's target tokens (fp32). tokens_B: target tokens by
+    row. aux: the method's statistics. penalty_B: the method's further loss by row, 0 for most methods."""
 
-    total: Tensor
     nll_B: Tensor
     tokens_B: Tensor
     aux: dict[str, Tensor]
     penalty_B: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The negative log-likelihood of the batch."""
+        return self.nll_B.sum()
 
 
 class Counts(NamedTuple):
@@ -65,7 +68,7 @@ class PromptedModel(nn.Module):
         nll_B = self._nll(labels_BS, encoded, prompts)
         tokens_B = (labels_BS != IGNORED).sum(dim=1)
         penalty_B = torch.zeros_like(nll_B) if prompts.penalty_B is None else prompts.penalty_B
-        return Loss(nll_B.sum(), nll_B.detach(), tokens_B, dict(prompts.aux), penalty_B)
+        return Loss(nll_B, tokens_B, dict(prompts.aux), penalty_B)
 
     @torch.no_grad()
     def generate(
