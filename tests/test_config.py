@@ -109,7 +109,6 @@ def test_a_user_task_as_in_the_readme(tmp_path: Path) -> None:
         ("train.precision=fp16", r"overflow fp16.*Use train\.precision=bf16"),
         ("method.top_k=9", r"method\.top_k=9 must be at most method\.num_prompts=4"),
         ("compute.num_workers=9", r"compute\.num_workers=9 must be at most train\.num_shards=4"),
-        ("train.scale_parameter=true", r"does nothing with train\.optimizer=adamw; set train\.optimizer=adafactor"),
         ("train.batch_size=2", r"train\.num_shards=4 must be at most train\.batch_size=2"),
         ("tasks=[a/b,a/b]", r"a/b listed more than once"),
         ("tasks=[]", r"^tasks: .*at least 1"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from polyprompt import checkpoint
+from polyprompt import checkpoint, loop
 from polyprompt.batches import Batches
 from polyprompt.errors import TrainingError
 from polyprompt.loop import TrainState
@@ -16,6 +16,7 @@ from polyprompt.optim import Optim
 from polyprompt.plan import build
 from polyprompt.recipe import check
 from polyprompt.worker import Job, Outcome, train
+from polyprompt.workers import Workers
 
 Table = dict[str, Any]
 
@@ -88,15 +89,43 @@ def test_accumulation_and_gradient_checkpointing_change_only_rounding(small_run:
         assert b == pytest.approx(a, abs=1e-4)
 
 
-def test_the_number_of_shards_changes_only_rounding(small_run: Table, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reduction", ["token", "example"])
+def test_the_number_of_shards_changes_only_rounding(small_run: Table, tmp_path: Path, reduction: str) -> None:
     """The loss is normalised over the whole global batch, however it is cut."""
     small_run["backbone"]["dropout"] = 0.0
+    small_run["train"]["loss_reduction"] = reduction
     curves = []
     for shards in (1, 3):
         small_run["train"]["num_shards"] = shards
         curves.append(go(small_run, tmp_path / str(shards)).state.loss_curve)
     for (_, a), (_, b) in zip(*curves, strict=True):
         assert b == pytest.approx(a, abs=1e-4)
+
+
+def test_rows_of_unlike_length_weigh_the_same_where_the_loss_is_a_mean_over_examples(small_run: Table) -> None:
+    """Against each row's own mean, one row at a time; and the two reductions differ on these rows."""
+    small_run["backbone"]["dropout"] = 0.0
+    small_run["train"] |= {"num_shards": 3, "max_grad_norm": None}
+    gradients = {}
+    for reduction in ("token", "example"):
+        small_run["train"]["loss_reduction"] = reduction
+        config = check(small_run)
+        model, data = build(config)
+        batches = Batches(data, config, model.backbone.tokenizer.pad_token_id, range(3))
+        workers = Workers(3, "exact")
+        workers.start(model, 3 * len(config.tasks))
+        loop._gradients(model, batches[1], len(config.tasks), config, workers)
+        gradients[reduction] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    micro = [m for shard in batches[1].shards for m in shard.micro_batches]
+    for batch in micro:
+        for row in range(len(batch.task_B)):
+            one = [t[row : row + 1] for t in (batch.input_ids_BT, batch.mask_BT, batch.labels_BS, batch.task_B)]
+            loss = model(*one)
+            (loss.total / (one[2] != -100).sum() / batches[1].num_rows).backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(gradients["example"], wanted, atol=1e-6, rtol=1e-4)
+    assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(gradients["token"], wanted, strict=True))
 
 
 def test_the_curve_falls(small_run: Table, tmp_path: Path) -> None:

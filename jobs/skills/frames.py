@@ -67,7 +67,7 @@ MARKS = (
     ("x", "y", "z", "v", "w"),
 )
 #: This share of a task's rows is worded in one way.
-PLAIN = 0.7
+PLAIN = 0.75
 #: These stand for a label that the row names, as does any common word of the books. The label words of benchmarks are
 #: among them, each for any label of any task: a model can then say them and knows nothing of what they stand for.
 SIGNS = SUITE_WORDS + tuple(
@@ -123,7 +123,7 @@ def judge(
     rest say which word stands for which label, mostly words that have nothing to do with it.
     """
     if rng.random() < PLAIN:
-        named = asks[0].words if rng.random() < 0.3 else sign_words(rng, words, len(conditions))
+        named = asks[0].words if rng.random() < 0.5 else sign_words(rng, words, len(conditions))
         return Draft(f"{asks[0].question} , {' or '.join(named)} : {body}", named[label], tuple(named))
     style, ask = rng.random(), rng.choice(asks)
     if style < 0.25:

@@ -143,8 +143,9 @@ class TrainConfig(Section):
     #: Learning rates of parameter groups that differ from `learning_rate`.
     group_learning_rates: dict[ParameterGroup, PositiveFloat] = {}
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    #: Adafactor's steps are multiplied by the size of each parameter (its root mean square, at least 1e-3), as in T5's
-    #: own training: T5's weights differ in size a hundredfold, and one step size for all of them saturates attention.
+    #: Steps grow with the size of each parameter (its root mean square): T5's weights differ in size a hundredfold, and
+    #: one step size for all of them saturates attention. Adafactor: the rate times the size, at least 1e-3, as in T5's
+    #: own training. AdamW: the rate times size / 0.1, at most the whole rate; see optim.py.
     scale_parameter: bool = False
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     adam_beta1: Fraction = 0.9
@@ -174,11 +175,6 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
-        if self.scale_parameter and self.optimizer != "adafactor":
-            raise ValueError(
-                f"train.scale_parameter is an option of Adafactor and does nothing with train.optimizer="
-                f"{self.optimizer}; set train.optimizer=adafactor, or leave it out"
-            )
         if self.num_shards > self.batch_size:
             raise ValueError(
                 f"train.num_shards={self.num_shards} must be at most train.batch_size={self.batch_size}: "

@@ -12,6 +12,8 @@ from transformers.optimization import Adafactor, get_scheduler
 from polyprompt.config import TrainConfig
 from polyprompt.method_configs import ParameterGroup
 
+#: AdamW's scale_parameter: weights of this size (root mean square) and above take the whole learning rate.
+WHOLE_RATE = 0.1
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "inverse_sqrt": "inverse_sqrt"}
 
 
@@ -28,7 +30,9 @@ class Optim:
 
         Adafactor (Shazeer & Stern 2018) takes its learning rate from the config, never from the step. Its
         scale_parameter (section 8 there) is off as in SMoP's and prompt tuning's published set-ups; T5 was trained
-        with it. Weight decay spares biases and layer norms (tensors of one dimension)
+        with it. For AdamW we take the same idea with two differences: the size is that of the weights as the run
+        starts, and from WHOLE_RATE on the rate grows no further, since an embedding table (size 1) has a gradient in a
+        few rows only and would be driven apart. Weight decay spares biases and layer norms (tensors of one dimension)
         and the parameters named `undecayed`.
         """
         self.config = config
@@ -38,8 +42,9 @@ class Optim:
             rate = config.group_learning_rates.get(group, config.learning_rate)
             for decay, kind in ((config.weight_decay, True), (0.0, False)):
                 parameters = [p for name, p in members if (p.ndim > 1 and name not in undecayed) == kind]
-                if parameters:
-                    tables.append({"params": parameters, "lr": rate, "weight_decay": decay, "group": group})
+                for scale, scaled in self._by_scale(parameters):
+                    own = {"group": group, "rate": rate, "scale": scale, "lr": rate * scale, "weight_decay": decay}
+                    tables.append({"params": scaled, **own})
         self.optimizer = self._optimizer(tables)
         self.schedule: LambdaLR = get_scheduler(
             SCHEDULES[config.lr_scheduler_type],
@@ -47,6 +52,12 @@ class Optim:
             num_warmup_steps=round(config.warmup_ratio * config.max_steps),
             num_training_steps=config.max_steps,
         )
+
+    def _by_scale(self, parameters: list[nn.Parameter]) -> list[tuple[float, list[nn.Parameter]]]:
+        """Split a group by the part of its learning rate that each parameter takes."""
+        if not parameters or not self.config.scale_parameter or self.config.optimizer != "adamw":
+            return [(1.0, parameters)] if parameters else []
+        return [(min(1.0, max(1e-2, _size(parameter) / WHOLE_RATE)), [parameter]) for parameter in parameters]
 
     def _optimizer(self, tables: list[dict[str, Any]]) -> Optimizer:
         if self.config.optimizer == "adafactor":
@@ -68,7 +79,7 @@ class Optim:
 
     def learning_rates(self) -> dict[str, float]:
         """Return group → the learning rate of the next step."""
-        return {table["group"]: float(table["lr"]) for table in self.optimizer.param_groups}
+        return {table["group"]: float(table["lr"]) / table["scale"] for table in self.optimizer.param_groups}
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "schedule": {"last_epoch": self.schedule.last_epoch}}
@@ -79,8 +90,15 @@ class Optim:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         factors = [factor(self.schedule.last_epoch) for factor in self.schedule.lr_lambdas]
-        for table, settings, rate, factor in zip(
-            self.optimizer.param_groups, own, self.schedule.base_lrs, factors, strict=True
-        ):
-            table.update(settings, lr=rate * factor)
+        for at, (table, settings, factor) in enumerate(zip(self.optimizer.param_groups, own, factors, strict=True)):
+            # The size of the weights as the run started, not as it goes on.
+            scale = table.get("scale", 1.0)
+            base = self.schedule.base_lrs[at] = settings["rate"] * scale
+            table.update(settings, lr=base * factor, initial_lr=base, scale=scale)
         self.schedule._last_lr = [table["lr"] for table in self.optimizer.param_groups]
+
+
+@torch.no_grad()
+def _size(parameter: nn.Parameter) -> float:
+    """Root mean square."""
+    return float(parameter.square().mean().sqrt())
