@@ -135,7 +135,7 @@ def test_the_curve_falls(small_run: Table, tmp_path: Path) -> None:
     assert curve[-1][1] < 0.7 * curve[0][1]
 
 
-def test_adafactor_steps_in_proportion_to_the_size_of_a_parameter() -> None:
+def test_steps_in_proportion_to_the_size_of_a_parameter() -> None:
     def step(**options: Any) -> tuple[float, float]:
         small, large = (torch.nn.Parameter(torch.full((4, 4), size)) for size in (0.01, 1.0))
         config = check(
@@ -150,6 +150,9 @@ def test_adafactor_steps_in_proportion_to_the_size_of_a_parameter() -> None:
     assert (small, large) == (pytest.approx(1e-2, rel=1e-3), pytest.approx(1e-2, rel=1e-3))
     small, large = step(scale_parameter=True)
     assert small == pytest.approx(1e-4, rel=1e-3)
+    assert large == pytest.approx(1e-2, rel=1e-3)
+    small, large = step(scale_parameter=True, optimizer="adamw")
+    assert small == pytest.approx(1e-3, rel=1e-3)  # a tenth: 0.1 takes the whole rate
     assert large == pytest.approx(1e-2, rel=1e-3)
 
 
@@ -186,8 +189,10 @@ def test_optimizers_and_schedules(small_run: Table, optimizer: str, schedule: st
     assert ("backbone", 0.0) in decays  # layer norms
 
 
-def test_the_optimizer_resumes_exactly(small_run: Table) -> None:
-    small_run["train"] |= {"lr_scheduler_type": "linear", "warmup_ratio": 0.2}
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_optimizer_resumes_exactly(small_run: Table, scaled: bool) -> None:
+    """Steps in proportion to the size too, which is that of the weights as the run started."""
+    small_run["train"] |= {"lr_scheduler_type": "linear", "warmup_ratio": 0.2, "scale_parameter": scaled}
     config = check(small_run)
     ends = []
     for break_at in (None, 5):

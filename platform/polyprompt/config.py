@@ -136,8 +136,8 @@ class TrainConfig(Section):
     num_shards: PositiveInt = 4
     #: Micro-batches a shard is split into, to save memory.
     gradient_accumulation_steps: PositiveInt = 1
-    #: What the loss is a mean over. token: all target tokens of the global batch, as T5's; a row with a long target, such
-    #: as a corrupted text, then weighs as much as dozens with a label. example: each row weighs the same.
+    #: What the loss is a mean over. token: all target tokens of the global batch, as T5's; a row with a long target,
+    #: such as a corrupted text, then weighs as much as dozens with a label. example: each row weighs the same.
     loss_reduction: Literal["token", "example"] = "token"
     learning_rate: PositiveFloat = 1e-3
     #: Learning rates of parameter groups that differ from `learning_rate`.
