@@ -21,7 +21,15 @@ from rich.console import Console
 
 from polyprompt import checkpoint, ray_train, recipe
 from polyprompt.config import ComputeConfig
-from polyprompt.errors import ConfigError, DataError, NotFiniteError, StoppedError, TrackingError, TrainingError
+from polyprompt.errors import (
+    ConfigError,
+    DataError,
+    LostWorkersError,
+    NotFiniteError,
+    StoppedError,
+    TrackingError,
+    TrainingError,
+)
 from polyprompt.result import RunResult
 from tuning import schema
 from tuning.capacity import capacity
@@ -93,8 +101,9 @@ def test_what_cannot_be_scheduled_is_refused_with_the_arithmetic() -> None:
         (ConfigError("method.reduction=64 must\nbe lower"), "bad combination: method.reduction=64 must", False),
         (DataError("row 3"), "bad data: row 3", False),
         (MemoryError(), "out of memory: MemoryError", False),
-        (TrainingError("the workers failed 4 times, at last with: OutOfMemoryError: 3 GiB"), "out of memory: ", False),
-        (TrainingError("the workers failed 4 times"), "workers lost: the workers failed 4 times", True),
+        (LostWorkersError("the workers failed 4 times, at last with: OutOfMemoryError: 3 G"), "out of memory: ", False),
+        (LostWorkersError("the workers failed 4 times"), "workers lost: the workers failed 4 times", True),
+        (TrainingError("a worker failed in a way"), "mistake in code: a worker failed in a way", False),
         (TrackingError("no server"), "tracking: no server", True),
         (ValueError("what"), "ValueError: what", False),
     ],

@@ -13,6 +13,7 @@ from polyprompt.errors import (
     BundleError,
     ConfigError,
     DataError,
+    LostWorkersError,
     NotFiniteError,
     StoppedError,
     TrackingError,
@@ -150,6 +151,8 @@ def failure(error: BaseException) -> Ended:
             return Ended("failed", f"bad data: {first}")
         case TrackingError():
             return Ended("failed", f"tracking: {first}", passing=True)
-        case TrainingError():
+        case LostWorkersError():
             return Ended("failed", f"workers lost: {first}", passing=True)
+        case TrainingError():
+            return Ended("failed", f"mistake in code: {first}")
     return Ended("failed", f"{type(error).__name__}: {last}")

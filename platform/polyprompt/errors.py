@@ -31,6 +31,10 @@ class TrainingError(PolypromptError):
     """Training cannot go on: the workers cannot be had, or the loss is not finite."""
 
 
+class LostWorkersError(TrainingError):
+    """Workers died, and died again when they were started anew. The cause may have passed at another time."""
+
+
 class NotFiniteError(TrainingError):
     """The loss or the gradient is not finite."""
 

@@ -306,6 +306,7 @@ class AdapterConfig(MethodSection):
 class HyperFormerConfig(MethodSection):
     """Adapters made by a hypernetwork from task, layer and position: HyperFormer++ (Mahabadi et al. 2021)."""
 
+    groups = frozenset({"hypernetwork"})
     name: Literal["hyperformer"] = "hyperformer"
     #: Bottleneck = hidden size / reduction.
     reduction: PositiveInt = 32

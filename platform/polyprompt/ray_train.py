@@ -32,7 +32,7 @@ import torch
 import polyprompt
 from polyprompt import checkpoint, placement, report, run_folder, tracking
 from polyprompt.config import RunConfig
-from polyprompt.errors import ConfigError, PolypromptError, StoppedError, TrainingError
+from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
@@ -187,7 +187,7 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
         except (TrainingFailedError, RayError) as error:
             if (job.folder / FATAL).exists():
                 raise TrainingError((job.folder / FATAL).read_text()) from error
-            raise TrainingError(
+            raise LostWorkersError(
                 f"the workers failed {compute.max_failures + 1} times, at last with: {_cause(error)}. Bundles in "
                 f"{job.bundles} are kept: mend the cause and start the same command again to go on"
             ) from error
