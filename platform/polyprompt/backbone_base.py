@@ -6,7 +6,8 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,6 +71,23 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
         """Return logits_BSV: those at s are of target s, given the input and the targets before s."""
+
+    @contextmanager
+    def logits_only_at(self, kept_BS: Tensor) -> Iterator[None]:
+        """While inside, `logits` returns logits_NV of the N kept positions alone, row by row.
+
+        Targets of a mixture differ in length; where one row is a corrupted text and the others are labels, most of the
+        padded block would cost the whole vocabulary for nothing.
+        """
+
+        def keep(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            return inputs[0][kept_BS]
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @abstractmethod
     def generate(

@@ -185,11 +185,11 @@ class PromptedModel(nn.Module):
 
     def _nll(self, labels_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
         """Return the summed negative log-likelihood of each row's target."""
-        logits_BSV = self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts)
-        nll = cross_entropy(
-            logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return nll.view_as(labels_BS).sum(dim=1)
+        real_BS = labels_BS != IGNORED
+        with self.backbone.logits_only_at(real_BS):
+            logits_NV = self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts).float()
+        nll_N = cross_entropy(logits_NV, labels_BS[real_BS], reduction="none")
+        return torch.zeros_like(labels_BS, dtype=nll_N.dtype).masked_scatter(real_BS, nll_N).sum(dim=1)
 
 
 def input_limit(config: RunConfig, backbone: Backbone, method: Method) -> int:
