@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
+from polyprompt.tasks.embedded import tasks
 from skills.lists import SUITE_WORDS
 
 T = TypeVar("T")
@@ -74,8 +75,7 @@ SIGNS = SUITE_WORDS + tuple(
     """A B C X Y Z 1 2 3 4 5 one two red blue green up down left right this that first second high low in out east west
     true false not_entailment duplicate not_duplicate 0.0 1.0 2.0 3.0 4.0 5.0""".split()
 )
-
-
+SUITE_LABELS = {frozenset(task.choices) for task in tasks().values() if task.choices}
 #: Words that may name or stand for anything, where no words of the books are at hand.
 COMMON = tuple(
     """day hand house time way world heart word voice door night head place life mind thing room face work side friend
@@ -103,13 +103,13 @@ def quoted(rng: Random, text: str) -> str:
 
 
 def sign_words(rng: Random, words: Sequence[str], count: int) -> tuple[str, ...]:
-    """Pick words that mean nothing here to stand for the labels of one row."""
+    """Pick words that mean nothing here to stand for the labels of one row; never a suite's task's own label set."""
     picked: list[str] = []
     while len(picked) < count:
         word = rng.choice(SIGNS) if rng.random() < 0.6 else rng.choice(words)
         if word.lower() not in [p.lower() for p in picked]:
             picked.append(word)
-    return tuple(picked)
+    return sign_words(rng, words, count) if frozenset(picked) in SUITE_LABELS else tuple(picked)
 
 
 def judge(

@@ -3,7 +3,7 @@
 from random import Random
 
 from skills.book_text import Books
-from skills.frames import Ask, Draft, judge, pick, place, two
+from skills.frames import COMMON, Ask, Draft, judge, pick, place, two
 from skills.lists import CATEGORIES, CREATURES, CYCLES, NUMBERS, SCALES
 
 CIRCLES = {name: words.split() for name, words in CYCLES.items()}
@@ -92,7 +92,7 @@ def closeness(rng: Random, books: Books) -> Draft:
     furthest = len(circle) // 2
     way = rng.randint(0, furthest)
     first, second = _apart(rng, circle, way)
-    lead = " ".join(rng.sample(books.words, rng.randint(1, 3))) + " " if rng.random() < 0.4 else ""
+    lead = " ".join(rng.sample(COMMON, rng.randint(1, 3))) + " " if rng.random() < 0.4 else ""
     body = rng.choice(("{0}{1} and {0}{2}", "{0}{1} / {0}{2}", "from {0}{1} to {0}{2}", "{0}{1} , {0}{2}"))
     body = body.format(lead, first, second)
     if rng.random() < 0.15:
