@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from polyprompt import backbone as backbones
 from polyprompt import checkpoint, token_store
+from polyprompt.checkpoint import Bundle
 from polyprompt.data import collate, length_batches
 from polyprompt.errors import BundleError, DataError, hint
 from polyprompt.model import input_limit
-from polyprompt.plan import model_of
+from polyprompt.plan import Load, model_of
 from polyprompt.result import RunResult
 from polyprompt.run_folder import BUNDLES, RESULT
 from polyprompt.tasks import catalog
@@ -79,17 +81,25 @@ def find_bundle(source: Path) -> Path:
 class Predictor:
     """A model on a device, ready to answer. Not for several threads at once."""
 
-    def __init__(self, bundle: Path, *, backbone: str | None = None, device: str | torch.device = "cpu") -> None:
-        """Load the model of a bundle.
+    def __init__(
+        self,
+        bundle: Path | Bundle,
+        *,
+        backbone: str | None = None,
+        device: str | torch.device = "cpu",
+        load: Load = backbones.load,
+    ) -> None:
+        """Load the model of a bundle, which may be open already.
 
         backbone: where the backbone is now, if not where it was in training; its content must be the same.
-        Raises BundleError for a damaged bundle or another backbone, ConfigError where the backbone cannot be loaded.
+        load: what loads the backbone. Raises BundleError for a damaged bundle or another backbone, ConfigError where
+        the backbone cannot be loaded.
         """
-        opened = checkpoint.read(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else checkpoint.read(bundle)
         config = opened.config.with_backbone_at(backbone)
-        self.config, self.bundle, self.device = config, bundle, torch.device(device)
+        self.config, self.bundle, self.device = config, opened.folder, torch.device(device)
         self.tasks: tuple[Task | None, ...] = catalog.forms(config)
-        self.model = model_of(config, len(self.tasks), opened)
+        self.model = model_of(config, len(self.tasks), opened, load)
         self.model.eval().to(self.device)
         self.max_input_tokens = input_limit(config, self.model.backbone, self.model.method)
         self._index = {task.name: i for i, task in enumerate(self.tasks) if task is not None}

@@ -1,0 +1,105 @@
+"""What answers: models in one process, and the thread that works off the rows of everyone who asks."""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from polyprompt.predictor import Prediction, Predictor
+from polyprompt.serving_batches import Batcher
+from polyprompt.serving_models import Loaded, Shelf, Spec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A row for one version of a model. mode: as of `Predictor.predict`."""
+
+    spec: Spec
+    row: Mapping[str, Any]
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """batch_rows: rows that were answered together with this one. broken: an error that is not the row's fault."""
+
+    task: str
+    prediction: str
+    score: float | None
+    choice_scores: Mapping[str, float]
+    error: str
+    batch_rows: int
+    broken: bool = False
+
+
+class Engines(Protocol):
+    """One engine or many of them."""
+
+    async def load(self, spec: Spec) -> Loaded:
+        """Make everyone ready to answer for the model. Raises BundleError, ConfigError, TrackingError."""
+
+    async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
+        """Answer rows, in order. wanted: the models that will be asked from now on; others may be forgotten."""
+
+    async def check(self) -> None:
+        """Raises an error where nobody can answer."""
+
+
+class Engine:
+    """Models in this process."""
+
+    def __init__(self, *, backbone: str | None = None, device: str = "cpu", batch_rows: int = 64) -> None:
+        """backbone, device: of `Predictor`. batch_rows: answered together at most."""
+        self._shelf, self._batch_rows = Shelf(backbone=backbone, device=device), batch_rows
+        self._batcher = Batcher[tuple[Predictor, Ask], Reply](self._work, max_rows=batch_rows)
+
+    async def load(self, spec: Spec) -> Loaded:
+        return await asyncio.to_thread(self._shelf.describe, spec)
+
+    async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
+        self._shelf.keep(wanted)
+        # A process that was started anew has not been told to load.
+        found = [self._shelf.held(ask.spec) or await asyncio.to_thread(self._shelf.get, ask.spec) for ask in asks]
+        return await self._batcher.answer(list(zip(found, asks, strict=True)))
+
+    async def check(self) -> None:
+        """This process answers, and that is all there is to check."""
+
+    def _work(self, batch: Sequence[tuple[Predictor, Ask]]) -> list[Reply]:
+        """Answer a batch, the rows of each model and mode together."""
+        replies: dict[int, Reply] = {}
+        groups: dict[tuple[int, str | None], list[int]] = {}
+        for place, (predictor, ask) in enumerate(batch):
+            groups.setdefault((id(predictor), ask.mode), []).append(place)
+        for (_, mode), places in groups.items():
+            predictor = batch[places[0]][0]
+            found = self._predict(predictor, [batch[place][1].row for place in places], mode)
+            for place, prediction in zip(places, found, strict=True):
+                replies[place] = _reply(prediction, batch[place][1], len(batch))
+        return [replies[place] for place in range(len(batch))]
+
+    def _predict(
+        self, predictor: Predictor, rows: Sequence[Mapping[str, Any]], mode: str | None
+    ) -> Sequence[Prediction | Exception]:
+        """Answer rows of one model; where that breaks, one by one, so that only the row that breaks it goes without."""
+        try:
+            return predictor.predict(rows, batch_size=self._batch_rows, mode=mode)
+        except Exception as error:
+            log.exception("a batch of %d rows of %s broke", len(rows), predictor.bundle)
+            if len(rows) == 1:
+                return [error]
+            return [found for row in rows for found in self._predict(predictor, [row], mode)]
+
+
+def _reply(found: Prediction | Exception, ask: Ask, batch_rows: int) -> Reply:
+    if isinstance(found, Exception):
+        error = f"the row could not be answered ({type(found).__name__}); the server's log says why"
+        return Reply(str(ask.row["task"]), "", None, {}, error, batch_rows, broken=True)
+    table = asdict(found)
+    del table["input"]
+    task = found.task or str(ask.row["task"])
+    score = None if found.error else found.score
+    return Reply(**{**table, "task": task, "score": score}, batch_rows=batch_rows)
