@@ -3,26 +3,44 @@
 import asyncio
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
 from starlette.testclient import TestClient
+from test_registry import in_store
 
+from polyprompt import checkpoint, registry, serving, tracking
+from polyprompt.data import read_rows
 from polyprompt.predictor import Predictor, find_bundle
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
-from polyprompt.serving_app import make_app, watching
+from polyprompt.serving_app import TOKEN_VARIABLE, make_app, watching
 from polyprompt.serving_batches import Batcher
 from polyprompt.serving_desk import Desk
-from polyprompt.serving_engine import Engine
+from polyprompt.serving_engine import Engine, Engines
 from polyprompt.serving_limits import Limits, Rate, Refusal, Waiting
 from polyprompt.serving_metrics import Metrics
 from polyprompt.serving_models import Shelf, locate, named
+from polyprompt.tasks import catalog
 
+ROOT = Path(__file__).parents[1]
 Table = dict[str, Any]
 TOKEN = "open sesame"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -32,13 +50,21 @@ ROWS: list[Table] = [
     {"task": "embedded/similarity", "input": "similarity sentence1: a sentence2: b"},
     {"task": "my/larger", "text": "7 and 1"},
 ]
+EMBEDDED_TASKS = [
+    f"embedded/{name}"
+    for name in ("sentiment", "acceptability", "nli", "paraphrase", "similarity", "wic", "boolq", "copa")
+]
 LIMITS = Limits(rows=8, characters=500, choices=5, body_bytes=20_000)
 
 
-def client_of(limits: Limits = LIMITS, *, token: str = TOKEN, uri: str = "") -> TestClient:
+def app_of(limits: Limits = LIMITS, *, token: str = TOKEN, uri: str = "", engines: Engines | None = None) -> Any:
     metrics = Metrics()
-    desk = Desk(Engine(), uri, limits, metrics)
-    return TestClient(make_app(desk, limits, metrics, token=token, lifespan=watching(desk)))
+    desk = Desk(engines or Engine(), uri, limits, metrics)
+    return make_app(desk, limits, metrics, token=token, lifespan=watching(desk))
+
+
+def client_of(limits: Limits = LIMITS, **settings: Any) -> TestClient:
+    return TestClient(app_of(limits, **settings))
 
 
 def put(client: TestClient, name: str, source: Path | str) -> Table:
@@ -76,6 +102,31 @@ def frozen_runs(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> list
         folders.append(root / f"run{seed}")
         run(check(table), out=folders[-1], say=lambda line: None)
     return folders
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
+    """A run on all embedded tasks."""
+    root = tmp_path_factory.mktemp("eight")
+    table = {
+        "backbone": {"name": str(tiny_t5)},
+        "method": {"name": "hyperprompt", "encoder_length": 3, "decoder_length": 2, "reduction": 4},
+        "tasks": EMBEDDED_TASKS,
+        "data": {"max_train_examples": 8, "max_validation_examples": 4, "cache_dir": str(root)},
+        "train": {"max_steps": 1, "batch_size": 8, "num_shards": 1},
+        "tracking": {"enabled": False},
+    }
+    run(check(table), out=root / "run", say=lambda line: None)
+    return root / "run"
+
+
+def mixed_rows(count: int) -> list[Table]:
+    """So many validation rows of each embedded task, taking turns."""
+    each = []
+    for name in EMBEDDED_TASKS:
+        rows = read_rows(catalog.of_split(name, None, "validation"), "validation")
+        each.append([{**next(rows)[1], "task": name} for _ in range(count)])
+    return [row for rows in zip(*each, strict=True) for row in rows]
 
 
 def test_mixed_rows_are_answered_as_the_predictor_does(served: TestClient, trained_run: Path) -> None:
@@ -157,6 +208,7 @@ def test_other_addresses_and_methods(served: TestClient) -> None:
     refused = served.get("/predict")
     assert refused.status_code == 405
     assert refused.headers["allow"] == "POST"
+    assert served.get("/admin/models/larger").headers["allow"] == "DELETE, PUT"
 
 
 def test_the_page_loads_nothing_from_elsewhere(served: TestClient) -> None:
@@ -389,3 +441,246 @@ def test_scores_are_json_numbers(served: TestClient) -> None:
     for line in json.loads(answer.text)["answers"]:
         assert math.isfinite(line["score"])
         assert line["choice_scores"] == {}
+
+
+# Requests made up by machines.
+
+NUMBERS = st.integers() | st.floats() | st.booleans() | st.none()
+TEXTS = st.text(st.characters(), max_size=20) | st.sampled_from(["a", "-1", "²", "nan", "1e400", "\0", "no", "\ud800"])
+VALUES = st.recursive(
+    NUMBERS | TEXTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=8
+)
+FIELDS = st.sampled_from(
+    ["input", "text", "choices", "premise", "hypothesis", "sentence1", "sentence2", "label", "idx"]
+)
+MADE_ROWS = st.builds(
+    lambda task, fields: {**fields, "task": task},
+    st.sampled_from([*EMBEDDED_TASKS, "nobody"]),
+    st.dictionaries(FIELDS | TEXTS, VALUES | st.lists(TEXTS, max_size=3), max_size=6),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(MADE_ROWS, min_size=1, max_size=3), mode=st.sampled_from([None, "rank", "generate", "x"]))
+def test_no_odd_row_breaks_the_server(all_tasks: TestClient, rows: list[Table], mode: str | None) -> None:
+    body = json.dumps({"rows": rows, "mode": mode})
+    answer = all_tasks.post("/predict", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 413, 422), answer.text
+    assert answer.json()["request_id"]
+
+
+@pytest.fixture(scope="module")
+def all_tasks(eight: Path) -> Iterator[TestClient]:
+    with client_of(Limits()) as client:
+        put(client, "eight", eight)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def address(eight: Path) -> Iterator[str]:
+    """A server with the model, in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app_of(), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    request = urllib.request.Request(
+        f"{url}/admin/models/eight",
+        json.dumps({"source": str(eight)}).encode(),
+        {**ADMIN, "Content-Type": "application/json"},
+        method="PUT",
+    )
+    urllib.request.urlopen(request).close()
+    yield url
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
+def test_made_up_requests_get_what_the_document_says(address: str, mode: GenerationMode) -> None:
+    document = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    for operation in (found.ok() for found in document.get_all_operations()):
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue  # it takes nothing that could be wrong
+
+        @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            # With the token a made-up DELETE might end the model.
+            answer = case.call(headers=ADMIN if case.method == "PUT" else {})
+            described = {*case.operation.definition.raw["responses"], "405"}
+            assert str(answer.status_code) in described, answer.text
+            assert answer.status_code < 500 or case.path == "/readyz", answer.text
+
+        ask()
+
+
+# Versions that change, in this process and on Ray.
+
+
+@pytest.fixture(scope="module")
+def on_ray(ray_cluster: None) -> Iterator[serving.Replicas]:
+    endpoint = serving.Endpoint({}, "", port=os.getpid(), cpus=0.5, limits=Limits(timeout_seconds=120))
+    with serving.replicas(endpoint, [], Metrics()) as engines:
+        yield engines
+
+
+@pytest.fixture(params=["in this process", pytest.param("on Ray", marks=pytest.mark.ray)])
+def engines(request: pytest.FixtureRequest) -> Engines:
+    return Engine() if request.param == "in this process" else request.getfixturevalue("on_ray")
+
+
+def test_a_mixed_file_of_all_embedded_tasks_is_answered_as_in_process(engines: Engines, eight: Path) -> None:
+    rows = mixed_rows(6)
+    expected = Predictor(find_bundle(eight)).predict(rows)
+    with client_of(Limits(timeout_seconds=120), engines=engines) as client:
+        put(client, "eight", eight)
+        found = client.post("/predict", json={"rows": rows}).json()["answers"]
+    assert len(found) == len(rows) == 48
+    for answer, wanted in zip(found, expected, strict=True):
+        assert (answer["task"], answer["prediction"], answer["error"]) == (wanted.task, wanted.prediction, "")
+        assert answer["score"] == pytest.approx(wanted.score, rel=1e-6, abs=1e-5)
+        assert answer["choice_scores"] == pytest.approx(dict(wanted.choice_scores), rel=1e-6, abs=1e-5)
+
+
+def test_a_moved_alias_is_served_and_no_request_is_lost(
+    engines: Engines, frozen_runs: list[Path], store: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{store}/mlflow.db"
+    recorded = []
+    for folder in frozen_runs:
+        shutil.copytree(folder, tmp_path / folder.name)
+        recorded.append(in_store(tmp_path / folder.name, uri))
+    registry.register(recorded[0], "mine", uri)
+    ask = {"rows": [{"task": "embedded/nli", "premise": "a", "hypothesis": "b"}]}
+    answers: list[Any] = []
+    with client_of(Limits(timeout_seconds=120), engines=engines, uri=uri) as client:
+        assert put(client, "mine", "models:/mine@candidate")["version"] == "1"
+        over = threading.Event()
+
+        def keep_asking() -> None:
+            while not over.is_set():
+                answers.append(client.post("/predict", json=ask))
+
+        asking = [threading.Thread(target=keep_asking) for _ in range(3)]
+        for thread in asking:
+            thread.start()
+        try:
+            registry.register(recorded[1], "mine", uri)
+            while client.get("/models").json()["models"][0]["version"] != "2":
+                time.sleep(0.05)
+            last = client.post("/predict", json=ask)
+        finally:
+            over.set()
+            for thread in asking:
+                thread.join()
+        assert {answer.status_code for answer in answers} == {200}
+        lines = [answer.json()["answers"][0] for answer in [*answers, last]]
+        assert {line["version"] for line in lines} == {"1", "2"}
+        assert lines[-1]["version"] == "2"
+        for version, folder in zip("12", frozen_runs, strict=True):
+            (wanted,) = Predictor(find_bundle(folder)).predict(ask["rows"])
+            scores = [line["score"] for line in lines if line["version"] == version]
+            assert scores == pytest.approx([wanted.score] * len(scores), abs=1e-4)
+
+
+def test_a_version_that_cannot_be_loaded_leaves_the_old_one(
+    frozen_runs: list[Path], store: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{store}/mlflow.db"
+    shutil.copytree(frozen_runs[0], tmp_path / "run")
+    registry.register(in_store(tmp_path / "run", uri), "mine", uri)
+    with client_of(uri=uri) as client:
+        registry.promote("mine", uri)
+        put(client, "mine", "models:/mine@champion")
+        whole = set(store.rglob(checkpoint.TENSORS))
+        second = registry.register(tmp_path / "run", "mine", uri)
+        (weights,) = set(store.rglob(checkpoint.TENSORS)) - whole
+        weights.write_bytes(b"not weights")
+        tracking.client_of(uri).set_registered_model_alias("mine", registry.CHAMPION, second.number)
+        while not (model := client.get("/models").json()["models"][0])["error"]:
+            time.sleep(0.05)
+        assert "is damaged" in model["error"]
+        assert model["version"] == "1"
+        assert client.post("/predict", json={"rows": [{"task": "embedded/nli", "input": "x"}]}).status_code == 200
+
+
+@pytest.mark.ray
+def test_a_killed_replica_takes_no_answer_with_it(on_ray: serving.Replicas, eight: Path) -> None:
+    rows = mixed_rows(8)
+    expected = Predictor(find_bundle(eight)).predict(rows)
+    metrics = on_ray._metrics
+
+    async def load() -> list[Any]:
+        desk = Desk(on_ray, "", Limits(timeout_seconds=300), Metrics())
+        await desk.put("eight", str(eight))
+
+        async def ask(row: Table) -> list[Any]:
+            return [(await desk.ask([row], None, None))[0] for _ in range(6)]
+
+        asking = [asyncio.create_task(ask(row)) for row in rows]
+        while desk.waiting.rows < 32:
+            await asyncio.sleep(0)
+        os.kill(replica_pid(), signal.SIGKILL)
+        return await asyncio.gather(*asking)
+
+    before = metrics.retries._value.get()
+    for found, wanted in zip(asyncio.run(load()), expected, strict=True):
+        assert {answer.prediction for answer in found} == {wanted.prediction}
+        assert [answer.score for answer in found] == pytest.approx([wanted.score] * 6, abs=1e-4)
+    assert metrics.retries._value.get() > before
+
+
+def replica_pid() -> int:
+    start = f"ray::ServeReplica:polyprompt-{os.getpid()}:"
+    (found,) = [process.pid for process in psutil.process_iter() if " ".join(cmdline(process)).startswith(start)]
+    return found
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.ray
+def test_from_the_command_line_to_sigterm(eight: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", f"mine={eight}", "--port", "0"]
+    environment = {**os.environ, TOKEN_VARIABLE: TOKEN}
+    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        said = ""
+        while "serving at" not in said:
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        url = said.rpartition("serving at ")[2].strip()
+        body = json.dumps({"rows": mixed_rows(1)}).encode()
+        request = urllib.request.Request(f"{url}predict", body, {"Content-Type": "application/json"})
+        answers = json.loads(urllib.request.urlopen(request).read())["answers"]
+        assert [answer["task"] for answer in answers] == EMBEDDED_TASKS
+        server.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "holds no trained model"),
+        (["--model", "runs/a", "other/a"], "two models are called a"),
+        (["--model", "models:/a"], "names no version"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_ray_starts(arguments: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -26,6 +26,8 @@ from polyprompt.serving_models import Loaded, Spec, locate
 
 #: A row that takes this many replicas with it is not tried on another one.
 ATTEMPTS = 3
+#: Open at once; uvicorn answers 503 without more to those beyond.
+MAX_CONNECTIONS = 8192
 log = logging.getLogger(__name__)
 
 
@@ -55,7 +57,7 @@ class Endpoint:
 class Replica:
     """An engine in a process of its own."""
 
-    async def __init__(self, specs: Sequence[Spec], settings: Mapping[str, Any]) -> None:
+    async def __init__(self, specs: Sequence[Spec], settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
         """specs: loaded before the first request, as far as they are still there. settings: of Engine."""
         self._engine = Engine(**settings)
         for spec in specs:
@@ -134,9 +136,9 @@ def replicas(endpoint: Endpoint, specs: Sequence[Spec], metrics: Metrics) -> Ite
     """
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what it warns of is said below, once
     limits = endpoint.limits
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Replica,
         name="replica",
         num_replicas=endpoint.replicas,
@@ -192,8 +194,8 @@ async def _answer(endpoint: Endpoint, engines: Replicas, metrics: Metrics, liste
         log_level="warning",
         access_log=False,
         server_header=False,
-        # Above that a connection is refused before its request is read.
-        limit_concurrency=4 * endpoint.limits.waiting_rows,
+        # What is refused costs little, but a connection is a file: the last resort.
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=round(endpoint.limits.timeout_seconds) + 1,
     )
     host, port = listener.getsockname()[:2]

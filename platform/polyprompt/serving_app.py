@@ -12,10 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from polyprompt import __version__
 from polyprompt.serving_desk import Desk
-from polyprompt.serving_http import Frame, Json, problem
+from polyprompt.serving_http import PREDICT, Frame, Json, problem
 from polyprompt.serving_limits import Limits, Rate, Refusal, check_rows
 from polyprompt.serving_metrics import Metrics
 from polyprompt.serving_page import PAGE, POLICY
@@ -40,10 +41,17 @@ def make_app(
         redoc_url=None,
         default_response_class=Json,
     )
+    rate = Rate(limits.requests_per_second)
+
+    def admit(path: str) -> None:
+        if path == PREDICT:
+            rate.take()
+            desk.waiting.check(1)
+
     _say_no(app)
     _public(app, desk, limits, metrics)
     _admin(app, desk, token)
-    app.add_middleware(Frame, limits=limits, metrics=metrics)
+    app.add_middleware(Frame, limits=limits, metrics=metrics, admit=admit)
     return app
 
 
@@ -68,16 +76,7 @@ _ANY = (400, 408, 413, 422, 500)
 
 
 def _public(app: FastAPI, desk: Desk, limits: Limits, metrics: Metrics) -> None:
-    rate = Rate(limits.requests_per_second)
-
-    def room() -> None:
-        """Refuse before the body is parsed."""
-        rate.take()
-        desk.waiting.check(1)
-
-    @app.post(
-        "/predict", responses=_problems(*_ANY, 404, 429, 503, 504), dependencies=[Depends(room)], tags=["predict"]
-    )
+    @app.post(PREDICT, responses=_problems(*_ANY, 404, 429, 503, 504), tags=["predict"])
     async def predict(
         request: Request,
         question: Question,
@@ -164,7 +163,15 @@ def _say_no(app: FastAPI) -> None:
         refusal = Refusal(error.status_code, "http", f"{error.detail}; /openapi.json lists what there is")
         answer = problem(refusal, request.state.request_id)
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:  # a route knows its own method alone
+            answer.headers["Allow"] = ", ".join(_methods(request))
         return answer
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of all routes at the request's address."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+    return sorted({method for route in routes for method in route.methods})
 
 
 def watching(desk: Desk) -> Lifespan:

@@ -62,8 +62,10 @@ class Engine:
     async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
         self._shelf.keep(wanted)
         # A process that was started anew has not been told to load.
-        found = [self._shelf.held(ask.spec) or await asyncio.to_thread(self._shelf.get, ask.spec) for ask in asks]
-        return await self._batcher.answer(list(zip(found, asks, strict=True)))
+        for spec in {ask.spec for ask in asks}:
+            if not self._shelf.holds(spec):
+                await asyncio.to_thread(self._shelf.get, spec)
+        return await self._batcher.answer([(self._shelf.get(ask.spec), ask) for ask in asks])
 
     async def check(self) -> None:
         """This process answers, and that is all there is to check."""

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,6 +18,7 @@ from polyprompt.serving_limits import Limits, Refusal
 from polyprompt.serving_metrics import Metrics
 from polyprompt.serving_schema import Fault, Problem
 
+PREDICT = "/predict"
 REQUEST_ID = "X-Request-Id"
 #: In the metrics, of a caller that went away before its answer.
 GONE = 499
@@ -41,8 +43,9 @@ def problem(refusal: Refusal, request_id: str) -> Json:
 class Frame:
     """ASGI middleware. The request's id is scope["state"]["request_id"]."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
-        self._app, self._limits, self._metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, admit: Callable[[str], None]) -> None:
+        """admit: is given a request's path before its body is read; raises Refusal."""
+        self._app, self._limits, self._metrics, self._admit = app, limits, metrics, admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,6 +66,7 @@ class Frame:
             await send(message)
 
         try:
+            self._admit(scope["path"])
             body = await self._body(scope, receive)
             await self._run(scope, body, receive, send_with_id)
         except Refusal as refusal:
@@ -77,7 +81,8 @@ class Frame:
             broken = Refusal(500, "broken", "the server failed; its log says why under this request id")
             await problem(broken, request_id)(scope, receive, send_with_id)
         finally:
-            path = getattr(scope.get("route"), "path", "other")
+            # What is refused at once has not got as far as its route.
+            path = getattr(scope.get("route"), "path", PREDICT if scope["path"] == PREDICT else "other")
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - began)
 
@@ -120,7 +125,8 @@ class Frame:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        answering, leaving = asyncio.create_task(self._app(scope, replay, send)), asyncio.create_task(gone())
+        answering = asyncio.ensure_future(self._app(scope, replay, send))
+        leaving = asyncio.create_task(gone())
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():

@@ -87,24 +87,26 @@ class Shelf:
         self._shared: WeakValueDictionary[Any, Backbone] = WeakValueDictionary()
         self._lock = threading.Lock()
 
+    def holds(self, spec: Spec) -> bool:
+        return spec in self._held
+
     def get(self, spec: Spec) -> Predictor:
         """Return the model, loaded if it is not held yet. Raises BundleError, ConfigError, TrackingError."""
-        with self._lock:
-            self._used[spec] = time.monotonic()
-            if spec not in self._held:
-                self._held[spec] = self._load(spec)
-            return self._held[spec]
-
-    def held(self, spec: Spec) -> Predictor | None:
-        """Return the model if it is there; never waits for another one that is being loaded."""
         self._used[spec] = time.monotonic()
-        return self._held.get(spec)
+        # One that is held never waits for another one that is being loaded.
+        held = self._held.get(spec)
+        if held is None:
+            with self._lock:
+                held = self._held.get(spec) or self._load(spec)
+                self._held[spec] = held
+        return held
 
     def keep(self, wanted: frozenset[Spec]) -> None:
         """Forget the models that are not wanted and were not asked for lately."""
         ago = time.monotonic() - LINGER_SECONDS
-        for spec in [spec for spec in list(self._held) if spec not in wanted and self._used[spec] < ago]:
-            del self._held[spec], self._used[spec]
+        for spec in [spec for spec in list(self._held) if spec not in wanted and self._used.get(spec, 0) < ago]:
+            del self._held[spec]
+            self._used.pop(spec, None)
 
     def describe(self, spec: Spec) -> Loaded:
         """Load the model and say what it is."""
