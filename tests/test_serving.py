@@ -35,6 +35,7 @@ from polyprompt.serving_app import TOKEN_VARIABLE, make_app, watching
 from polyprompt.serving_batches import Batcher
 from polyprompt.serving_desk import Desk
 from polyprompt.serving_engine import Engine, Engines
+from polyprompt.serving_http import Frame
 from polyprompt.serving_limits import Limits, Rate, Refusal, Waiting
 from polyprompt.serving_metrics import Metrics
 from polyprompt.serving_models import Shelf, locate, named
@@ -434,6 +435,49 @@ def test_more_rows_than_may_wait_are_refused(trained_run: Path) -> None:
 )
 def test_what_a_source_is_called(argument: str, expected: tuple[str, str]) -> None:
     assert named(argument) == expected
+
+
+def framed(app: Any, messages: list[Any], limits: Limits = LIMITS) -> list[Any]:
+    """Send a request through Frame alone; return what comes back. messages: what the server hears, None for silence."""
+    sent: list[Any] = []
+    hear = iter(messages)
+
+    async def receive() -> Any:
+        message = next(hear, None)
+        if message is None:
+            await asyncio.Event().wait()
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/predict", "headers": []}
+    asyncio.run(Frame(app, limits, Metrics(), lambda path: None)(scope, receive, send))
+    return sent
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("there is no request yet")
+
+    part = {"type": "http.request", "body": b"{", "more_body": True}
+    start, body = framed(app, [part], replace(LIMITS, timeout_seconds=0.05))
+    assert start["status"] == 408
+    assert json.loads(body["body"])["error"]["code"] == "body_too_slow"
+
+
+def test_a_caller_that_goes_away_frees_its_place() -> None:
+    freed: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        freed.append((await receive())["body"].decode())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            freed.append("freed")
+
+    assert framed(app, [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]) == []
+    assert freed == ["{}", "freed"]
 
 
 def test_scores_are_json_numbers(served: TestClient) -> None:

@@ -8,10 +8,11 @@ this file imports ray.serve.
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -84,13 +85,15 @@ class Replicas:
         self._handle, self._metrics = handle, metrics
 
     async def load(self, spec: Spec) -> Loaded:
+        from ray.exceptions import RayActorError
+
         found = await self._handle.broadcast("load", spec).results_async(return_exceptions=True)
-        for one in found:
-            if (error := _own_error(one)) is not None:
-                raise error
-        loaded = [one for one in found if isinstance(one, Loaded)]
-        # Where every replica is being started anew, the first that is there answers.
-        return loaded[0] if loaded else await self._call("load", spec)
+        # The successor of one that was lost loads what it is asked for.
+        there = [one for one in found if not isinstance(one, RayActorError)]
+        for one in there:
+            if isinstance(one, Exception):
+                raise _own_error(one) or one
+        return there[0] if there else await self._call("load", spec)
 
     async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
         return await self._call("answer", list(asks), wanted)
@@ -101,7 +104,7 @@ class Replicas:
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Call one replica; another one where it is lost. Answering changes nothing, so it may be done twice."""
         from ray.exceptions import RayActorError, RayTaskError
-        from ray.serve.exceptions import BackPressureError
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
         for _ in range(ATTEMPTS):
             response = getattr(self._handle, method).remote(*arguments)
@@ -112,14 +115,14 @@ class Replicas:
                 raise
             except BackPressureError as error:
                 raise Refusal(503, "overloaded", "every replica is busy; try again later", retry_seconds=1) from error
+            except DeploymentUnavailableError:
+                break
             except RayActorError as error:
                 log.warning("a replica was lost, its requests go to another: %s", type(error).__name__)
                 self._metrics.retries.inc()
             except RayTaskError as error:
                 raise _own_error(error) or error from None
-        raise Refusal(
-            503, "replica_lost", f"{ATTEMPTS} replicas were lost over this request; try again later", retry_seconds=10
-        )
+        raise Refusal(503, "replica_lost", "replicas were lost over this request; try again later", retry_seconds=10)
 
 
 def _own_error(found: Any) -> PolypromptError | None:
@@ -172,8 +175,9 @@ def serve_forever(endpoint: Endpoint) -> None:
     Raises ConfigError, BundleError, TrackingError for what cannot be served, before anything is started where it can.
     """
     specs = [locate(name, source, endpoint.uri) for name, source in endpoint.models.items()]
-    with _listening(endpoint) as listener, cluster(round(endpoint.replicas * endpoint.cpus + 0.5)), _terminable():
-        metrics = Metrics()
+    metrics, num_cpus = Metrics(), math.ceil(endpoint.replicas * endpoint.cpus)
+    with _listening(endpoint) as listener, cluster(num_cpus), _terminable():
+        endpoint = replace(endpoint, port=listener.getsockname()[1])  # of port 0
         with replicas(endpoint, specs, metrics) as engines, contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_answer(endpoint, engines, metrics, listener))
         log.warning("no more requests are taken; those that were are answered")
@@ -198,8 +202,7 @@ async def _answer(endpoint: Endpoint, engines: Replicas, metrics: Metrics, liste
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=round(endpoint.limits.timeout_seconds) + 1,
     )
-    host, port = listener.getsockname()[:2]
-    log.warning("serving at http://%s:%d/", host, port)
+    log.warning("serving at http://%s:%d/", endpoint.host, endpoint.port)
     await uvicorn.Server(config).serve(sockets=[listener])
 
 

@@ -149,11 +149,12 @@ class Desk:
                         await self._put(spec)
             elif served.error:
                 self._note(name, served, "")
-        except PolypromptError as error:
-            if str(error) != served.error:
-                log.warning("%s stays at version %s: %s", name, served.spec.version, error)
+        except Exception as error:  # whatever it is, the next look may find better
+            said = error.message if isinstance(error, Refusal) else str(error)
+            if said != served.error:
+                log.warning("%s stays at version %s: %s", name, served.spec.version, said)
                 self._metrics.loads.labels(name, "failed").inc()
-                self._note(name, served, str(error))
+                self._note(name, served, said)
 
     def _note(self, name: str, served: Served, error: str) -> None:
         if self._served.get(name) is served:

@@ -148,8 +148,11 @@ def _characters(value: Any, where: str, depth: int) -> int:
         )
     match value:
         case str():
-            if any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise Refusal(422, "not_text", f"{where} holds half of a surrogate pair, which is no character")
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                half = f"{where} holds half of a surrogate pair, which is no character"
+                raise Refusal(422, "not_text", half) from None
             return len(value)
         case Mapping():
             return sum(
