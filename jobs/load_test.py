@@ -4,8 +4,9 @@
     python jobs/load_test.py --kill PID                     # SIGKILL to a replica a third through a steady load
 
 Rows come from FILE (as for jobs/predict.py, its rows of the model's tasks), or from the embedded suite. First each task
-alone, then all mixed, with --connections callers that ask again as soon as they are answered; then, open-ended, four
-times as many requests a second as were answered; then the first load again. A request is lost when it gets no answer.
+alone and all mixed, in turns, with --connections callers that ask again as soon as they are answered; then, whatever
+comes back, four times as many requests a second as were answered; then the mixed load again. A request is lost when it
+gets no answer.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,20 @@ from polyprompt.command import exit_status
 from polyprompt.errors import ConfigError
 
 Row = Mapping[str, Any]
-OVERLOAD = 4
+MIXED = "mixed"
+ROUNDS, OVERLOAD = 3, 4
 #: Requests that the caller itself keeps open at most while it overloads the endpoint.
 MAX_OPEN = 2000
 
 
 @dataclass
 class Load:
-    """What came back. seconds: of each answered request. lost: requests without any answer, by their error."""
+    """What came back. seconds: of each answered request. lost: requests without any answer, by their error. unsent:
+    those that the caller had no room for."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
+    unsent: int = 0
     seconds: list[float] = field(default_factory=list)
     without_retry_after: int = 0
     passed: float = 0.0
@@ -62,6 +66,7 @@ class Load:
             "max_ms": round(1000 * max(self.seconds, default=0)),
             "statuses": dict(sorted(self.statuses.items())),
             "lost": dict(self.lost),
+            "unsent": self.unsent,
             "refused_without_retry_after": self.without_retry_after,
         }
 
@@ -88,21 +93,20 @@ class Caller:
         elif answer.status in (429, 503) and "Retry-After" not in answer.headers:
             load.without_retry_after += 1
 
-    async def steadily(self, rows: Sequence[Row], seconds: float, connections: int) -> Load:
+    async def steadily(self, rows: Sequence[Row], seconds: float, connections: int, load: Load) -> None:
         """Keep so many requests open for so long."""
-        load, endless, began = Load(), itertools.cycle(rows), time.monotonic()
+        endless, began = itertools.cycle(rows), time.monotonic()
 
         async def one(rows: Iterator[Row]) -> None:
             while time.monotonic() - began < seconds:
                 await self.ask(next(rows), load)
 
         await asyncio.gather(*(one(endless) for _ in range(connections)))
-        load.passed = time.monotonic() - began
-        return load
+        load.passed += time.monotonic() - began
 
-    async def at_rate(self, rows: Sequence[Row], seconds: float, per_second: float) -> Load:
+    async def at_rate(self, rows: Sequence[Row], seconds: float, per_second: float, load: Load) -> None:
         """Send so many requests a second, whatever comes back."""
-        load, endless, began = Load(), itertools.cycle(rows), time.monotonic()
+        endless, began = itertools.cycle(rows), time.monotonic()
         asking: set[asyncio.Task[None]] = set()
         for number in itertools.count():
             due = began + number / per_second
@@ -110,14 +114,13 @@ class Caller:
                 break
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             if len(asking) >= MAX_OPEN:
-                load.lost["not sent: the caller has too many open"] += 1
+                load.unsent += 1
                 continue
             task = asyncio.create_task(self.ask(next(endless), load))
             asking.add(task)
             task.add_done_callback(asking.discard)
         await asyncio.gather(*asking)
-        load.passed = time.monotonic() - began
-        return load
+        load.passed += time.monotonic() - began
 
 
 def main() -> int:
@@ -157,7 +160,7 @@ async def load_test(options: argparse.Namespace) -> int:
 
 @dataclass
 class Test:
-    """Stages of load, each shown as it ends."""
+    """Stages of load."""
 
     caller: Caller
     rows: Mapping[str, Sequence[Row]]
@@ -166,40 +169,47 @@ class Test:
     found: dict[str, Load] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Each task alone, all mixed, too much of it, and the same as before."""
+        """Each task alone and all mixed, in turns; too much of it; and the same as before."""
         mixed = self._mixed()
-        await self.caller.steadily(mixed, self.seconds / 4, self.connections)  # warm
-        for task, rows in self.rows.items():
-            await self._steadily(task, rows)
-        capacity = await self._steadily("mixed", mixed)
+        await self.caller.steadily(mixed, self.seconds / 4, self.connections, Load())  # warm
+        stages = {**self.rows, MIXED: mixed}
+        # A machine that others use too is not the same from minute to minute.
+        for _ in range(ROUNDS):
+            for name, rows in stages.items():
+                await self._steadily(name, rows, self.seconds / ROUNDS)
+        for name in stages:
+            self._show(name)
         # The same number of rows of each task, one task after the other, would take the mean of their times.
         alone = statistics.harmonic_mean([self.found[task].rate for task in self.rows])
-        print(f"mixed / single-task throughput: {capacity.rate / alone:.3f}")
-        wanted = OVERLOAD * capacity.rate
-        await self._show(f"{OVERLOAD}x: {wanted:.0f}/s", self.caller.at_rate(mixed, self.seconds, wanted))
-        again = await self._steadily("mixed again", mixed)
-        print(f"throughput after / before the overload: {again.rate / capacity.rate:.3f}")
+        capacity = self.found[MIXED].rate
+        print(f"mixed / single-task throughput: {capacity / alone:.3f}")
+        load = self.found["overload"] = Load()
+        await self.caller.at_rate(mixed, self.seconds, OVERLOAD * capacity, load)
+        self._show("overload")
+        await self._steadily("after", mixed, self.seconds)
+        self._show("after")
+        print(f"throughput after / before the overload: {self.found['after'].rate / capacity:.3f}")
 
     async def kill(self, pid: int) -> None:
         """A steady mixed load, through which a process is killed."""
-        mixed = self._mixed()
-        loading = asyncio.create_task(self._steadily("a replica killed", mixed))
+        loading = asyncio.create_task(self._steadily("a replica killed", self._mixed(), self.seconds))
         await asyncio.sleep(self.seconds / 3)
         os.kill(pid, signal.SIGKILL)
         await loading
+        self._show("a replica killed")
 
     def _mixed(self) -> list[Row]:
         """A thousand rows of each task, taking turns."""
         endless = [itertools.cycle(rows) for rows in self.rows.values()]
         return [next(rows) for _ in range(1000) for rows in endless]
 
-    async def _steadily(self, name: str, rows: Sequence[Row]) -> Load:
-        return await self._show(name, self.caller.steadily(rows, self.seconds, self.connections))
+    async def _steadily(self, name: str, rows: Sequence[Row], seconds: float) -> None:
+        load = self.found.setdefault(name, Load())
+        await self.caller.steadily(rows, seconds, self.connections, load)
 
-    async def _show(self, name: str, loading: Awaitable[Load]) -> Load:
-        load = self.found[name] = await loading
-        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in load.table().items() if value), flush=True)
-        return load
+    def _show(self, name: str) -> None:
+        shown = ", ".join(f"{key} {value}" for key, value in self.found[name].table().items() if value)
+        print(f"{name}: {shown}", flush=True)
 
 
 def _rows(options: argparse.Namespace, offered: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:

@@ -80,7 +80,7 @@ def serve(options: argparse.Namespace) -> int:
         Endpoint(
             models=models,
             uri=resolve_uri(TrackingConfig(uri=options.uri)),
-            token=os.environ.get(TOKEN_VARIABLE, ""),
+            token=os.environ.pop(TOKEN_VARIABLE, ""),  # before Ray hands the environment to the replicas
             limits=Limits(**limits),
             **{name: getattr(options, name) for name in same},
         )

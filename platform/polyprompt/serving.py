@@ -200,6 +200,8 @@ async def _answer(endpoint: Endpoint, engines: Replicas, metrics: Metrics, liste
         server_header=False,
         # What is refused costs little, but a connection is a file: the last resort.
         limit_concurrency=MAX_CONNECTIONS,
+        # Longer than callers and proxies keep theirs: who closes first is not sent a request meanwhile.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=round(endpoint.limits.timeout_seconds) + 1,
     )
     log.warning("serving at http://%s:%d/", endpoint.host, endpoint.port)
