@@ -322,12 +322,27 @@ def test_what_waits_is_answered_in_one_batch() -> None:
         return [ask * ask for ask in asks]
 
     async def ask() -> list[list[int]]:
-        batcher = Batcher[int, int](work, max_rows=10)
+        batcher = Batcher[int, int](work, lambda ask: None, max_rows=10)
         return await asyncio.gather(*(batcher.answer([i, i + 1]) for i in range(0, 24, 2)))
 
     assert asyncio.run(ask()) == [[i * i, (i + 1) ** 2] for i in range(0, 24, 2)]
     assert [len(batch) for batch in batches] == [10, 10, 4]
     assert [ask for batch in batches for ask in batch] == list(range(24))
+
+
+def test_rare_kinds_gather_but_do_not_wait_for_ever() -> None:
+    batches: list[list[int]] = []
+
+    def work(asks: Any) -> list[int]:
+        batches.append(list(asks))
+        return list(asks)
+
+    async def ask() -> None:
+        batcher = Batcher[int, int](work, lambda ask: ask % 10 == 0, max_rows=2)
+        assert await batcher.answer([1, 2, 3, 4, 10, 5, 6, 7, 8, 9]) == [1, 2, 3, 4, 10, 5, 6, 7, 8, 9]
+
+    asyncio.run(ask())
+    assert batches == [[1, 2], [3, 4], [5, 6], [10], [7, 8], [9]]
 
 
 def test_who_goes_away_is_not_worked_for() -> None:
@@ -340,7 +355,7 @@ def test_who_goes_away_is_not_worked_for() -> None:
         return list(asks)
 
     async def ask() -> None:
-        batcher = Batcher[int, int](work, max_rows=10)
+        batcher = Batcher[int, int](work, lambda ask: None, max_rows=10)
         left = asyncio.create_task(batcher.answer([1, 2]))
         stays = asyncio.create_task(batcher.answer([3]))
         await asyncio.sleep(0)

@@ -2,24 +2,35 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+#: How often others may go before a kind that waits.
+PATIENCE = 3
 Ask = TypeVar("Ask")
 Reply = TypeVar("Reply")
 
 
 class Batcher(Generic[Ask, Reply]):
-    """Answers what is asked from many coroutines of one event loop, in order, in one thread."""
+    """Answers what is asked from many coroutines of one event loop, in one thread, each kind in batches of its own.
+
+    The kind of which most waits goes next, so that rare ones gather too; each is passed over PATIENCE times at most.
+    """
 
     def __init__(
-        self, work: Callable[[Sequence[Ask]], Sequence[Reply]], *, max_rows: int, gather_seconds: float = 0.002
+        self,
+        work: Callable[[Sequence[Ask]], Sequence[Reply]],
+        kind: Callable[[Ask], Hashable],
+        *,
+        max_rows: int,
+        gather_seconds: float = 0.002,
     ) -> None:
-        """work: answers a batch of at most max_rows; it runs in the thread. gather_seconds: an idle model waits so long
-        for company to the first that asks."""
-        self._work, self._max_rows, self._gather_seconds = work, max_rows, gather_seconds
-        self._waiting: deque[tuple[Ask, asyncio.Future[Reply]]] = deque()
+        """work: answers a batch of one kind and at most max_rows; it runs in the thread. gather_seconds: an idle model
+        waits so long for company to the first that asks."""
+        self._work, self._kind, self._max_rows, self._gather_seconds = work, kind, max_rows, gather_seconds
+        self._waiting: dict[Hashable, deque[tuple[Ask, asyncio.Future[Reply]]]] = {}
+        self._passed: dict[Hashable, int] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._task: asyncio.Task[None] | None = None
 
@@ -28,7 +39,8 @@ class Batcher(Generic[Ask, Reply]):
         waits. An error of `work` comes to everyone in its batch."""
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in asks]
-        self._waiting.extend(zip(asks, futures, strict=True))
+        for ask, future in zip(asks, futures, strict=True):
+            self._waiting.setdefault(self._kind(ask), deque()).append((ask, future))
         if self._task is None:
             self._task = loop.create_task(self._run())
         return list(await asyncio.gather(*futures))
@@ -45,11 +57,16 @@ class Batcher(Generic[Ask, Reply]):
             self._task = None
 
     def _next(self) -> list[tuple[Ask, asyncio.Future[Reply]]]:
-        batch: list[tuple[Ask, asyncio.Future[Reply]]] = []
-        while self._waiting and len(batch) < self._max_rows:
-            ask, future = self._waiting.popleft()
+        late = [kind for kind in self._waiting if self._passed.get(kind, 0) >= PATIENCE]
+        chosen = late[0] if late else max(self._waiting, key=lambda kind: len(self._waiting[kind]))
+        self._passed = {kind: self._passed.get(kind, 0) + 1 for kind in self._waiting if kind != chosen}
+        queue, batch = self._waiting[chosen], []
+        while queue and len(batch) < self._max_rows:
+            ask, future = queue.popleft()
             if not future.done():
                 batch.append((ask, future))
+        if not queue:
+            del self._waiting[chosen]
         return batch
 
     async def _reply(self, batch: Sequence[tuple[Ask, asyncio.Future[Reply]]]) -> None:

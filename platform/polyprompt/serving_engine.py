@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, *, backbone: str | None = None, device: str = "cpu", batch_rows: int = 64) -> None:
         """backbone, device: of `Predictor`. batch_rows: answered together at most."""
         self._shelf, self._batch_rows = Shelf(backbone=backbone, device=device), batch_rows
-        self._batcher = Batcher[tuple[Predictor, Ask], Reply](self._work, max_rows=batch_rows)
+        self._batcher = Batcher[tuple[Predictor, Ask], Reply](self._work, _kind, max_rows=batch_rows)
 
     async def load(self, spec: Spec) -> Loaded:
         return await asyncio.to_thread(self._shelf.describe, spec)
@@ -71,17 +71,10 @@ class Engine:
         """This process answers, and that is all there is to check."""
 
     def _work(self, batch: Sequence[tuple[Predictor, Ask]]) -> list[Reply]:
-        """Answer a batch, the rows of each model and mode together."""
-        replies: dict[int, Reply] = {}
-        groups: dict[tuple[int, str | None], list[int]] = {}
-        for place, (predictor, ask) in enumerate(batch):
-            groups.setdefault((id(predictor), ask.mode), []).append(place)
-        for (_, mode), places in groups.items():
-            predictor = batch[places[0]][0]
-            found = self._predict(predictor, [batch[place][1].row for place in places], mode)
-            for place, prediction in zip(places, found, strict=True):
-                replies[place] = _reply(prediction, batch[place][1], len(batch))
-        return [replies[place] for place in range(len(batch))]
+        """Answer a batch of one model and mode."""
+        predictor, first = batch[0]
+        found = self._predict(predictor, [ask.row for _, ask in batch], first.mode)
+        return [_reply(one, ask, len(batch)) for one, (_, ask) in zip(found, batch, strict=True)]
 
     def _predict(
         self, predictor: Predictor, rows: Sequence[Mapping[str, Any]], mode: str | None
@@ -94,6 +87,14 @@ class Engine:
             if len(rows) == 1:
                 return [error]
             return [found for row in rows for found in self._predict(predictor, [row], mode)]
+
+
+def _kind(asked: tuple[Predictor, Ask]) -> Hashable:
+    """Rows that can be answered together: of one model and mode, and as far as it can be told beforehand, all ranked or
+    all generated."""
+    predictor, ask = asked
+    generated = "choices" not in ask.row and ask.row["task"] in predictor.free_text_tasks
+    return id(predictor), ask.mode, generated
 
 
 def _reply(found: Prediction | Exception, ask: Ask, batch_rows: int) -> Reply:
