@@ -60,7 +60,8 @@ class Batcher(Generic[Ask, Reply]):
         late = [kind for kind in self._waiting if self._passed.get(kind, 0) >= PATIENCE]
         chosen = late[0] if late else max(self._waiting, key=lambda kind: len(self._waiting[kind]))
         self._passed = {kind: self._passed.get(kind, 0) + 1 for kind in self._waiting if kind != chosen}
-        queue, batch = self._waiting[chosen], []
+        queue = self._waiting[chosen]
+        batch: list[tuple[Ask, asyncio.Future[Reply]]] = []
         while queue and len(batch) < self._max_rows:
             ask, future = queue.popleft()
             if not future.done():
