@@ -218,7 +218,7 @@ class Predictor:
 def _example(task: Task, fields: Mapping[str, Any]) -> Example:
     """Return what the task's format makes of the fields, or the text `input` as it stands where they do not fit it."""
     try:
-        made = list(task.examples(fields, "test"))
+        made = _examples(task, fields)
     except DataError:
         if not isinstance(fields.get(INPUT), str):
             raise
@@ -227,6 +227,16 @@ def _example(task: Task, fields: Mapping[str, Any]) -> Example:
         raise DataError(f"{task.name}: the row holds {len(made)} questions; give each its own row")
     (example,) = made
     return example if example.choices else replace(example, choices=task.choices)
+
+
+def _examples(task: Task, fields: Mapping[str, Any]) -> list[Example]:
+    """Raises DataError, also where a field is of a kind that the task's format did not think of."""
+    try:
+        return list(task.examples(fields, "test"))
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise DataError(
+            f"{task.name}: the row's fields do not fit the task's format: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
