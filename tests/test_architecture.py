@@ -15,7 +15,7 @@ TUNING = sorted((ROOT / "tuning").glob("*.py"))
 
 #: Who may import what: module → files of the package.
 ONLY = {
-    "ray": {"ray_train.py"},
+    "ray": {"ray_train.py", "serving.py"},
     "mlflow": {"tracking.py", "study_tracking.py", "registry.py"},
     "datasets": {"data.py"},
     "peft": {"lora.py", "export.py"},

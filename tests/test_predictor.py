@@ -110,6 +110,7 @@ def test_choices_may_be_generated(predictor: Predictor) -> None:
         ({"task": "embedded/similarity", "input": "x", "choices": "yes"}, "expected a list of different texts"),
         ({"task": "embedded/similarity", "input": "x", "choices": ["a " * 200]}, "raise data.max_target_tokens"),
         ("my/larger", "a row must be a table of fields, not str"),
+        ({"task": "embedded/nli", "premise": "a", "hypothesis": "b", "label": [1]}, "do not fit the task's format"),
     ],
 )
 def test_a_bad_row_has_its_error_and_the_others_their_answers(predictor: Predictor, row: Any, message: str) -> None:

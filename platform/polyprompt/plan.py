@@ -1,6 +1,6 @@
 """Everything that is checked before anything expensive starts, and what a run will need."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 
 from polyprompt import backbone as backbones
 from polyprompt import checkpoint, folding, methods, source_prompts, starts
+from polyprompt.backbone_base import Backbone
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
 from polyprompt.config import RunConfig
@@ -19,6 +20,9 @@ from polyprompt.mixture import Mixture, rates
 from polyprompt.model import PromptedModel, check_window, input_limit
 from polyprompt.tasks import catalog
 from polyprompt.tasks.records import TextTask
+
+#: `backbone.load`, or what stands in for it where a loaded backbone is at hand.
+Load = Callable[..., Backbone]
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,14 @@ def _check_groups(config: RunConfig, model: PromptedModel) -> None:
         )
 
 
-def model_of(config: RunConfig, num_tasks: int, bundle: Bundle | None = None) -> PromptedModel:
+def model_of(
+    config: RunConfig, num_tasks: int, bundle: Bundle | None = None, load: Load = backbones.load
+) -> PromptedModel:
     """Build the model (CPU), with what the bundle holds, or initial weights from the seed.
 
     Raises ConfigError naming what does not fit, BundleError for a bundle of another backbone.
     """
-    backbone = backbones.load(
+    backbone = load(
         config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
     )
     if bundle is not None:

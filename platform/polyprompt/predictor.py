@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from polyprompt import backbone as backbones
 from polyprompt import checkpoint, token_store
+from polyprompt.checkpoint import Bundle
 from polyprompt.data import collate, length_batches
 from polyprompt.errors import BundleError, DataError, hint
 from polyprompt.model import input_limit
-from polyprompt.plan import model_of
+from polyprompt.plan import Load, model_of
 from polyprompt.result import RunResult
 from polyprompt.run_folder import BUNDLES, RESULT
 from polyprompt.tasks import catalog
@@ -79,17 +81,25 @@ def find_bundle(source: Path) -> Path:
 class Predictor:
     """A model on a device, ready to answer. Not for several threads at once."""
 
-    def __init__(self, bundle: Path, *, backbone: str | None = None, device: str | torch.device = "cpu") -> None:
-        """Load the model of a bundle.
+    def __init__(
+        self,
+        bundle: Path | Bundle,
+        *,
+        backbone: str | None = None,
+        device: str | torch.device = "cpu",
+        load: Load = backbones.load,
+    ) -> None:
+        """Load the model of a bundle, which may be open already.
 
         backbone: where the backbone is now, if not where it was in training; its content must be the same.
-        Raises BundleError for a damaged bundle or another backbone, ConfigError where the backbone cannot be loaded.
+        load: what loads the backbone. Raises BundleError for a damaged bundle or another backbone, ConfigError where
+        the backbone cannot be loaded.
         """
-        opened = checkpoint.read(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else checkpoint.read(bundle)
         config = opened.config.with_backbone_at(backbone)
-        self.config, self.bundle, self.device = config, bundle, torch.device(device)
+        self.config, self.bundle, self.device = config, opened.folder, torch.device(device)
         self.tasks: tuple[Task | None, ...] = catalog.forms(config)
-        self.model = model_of(config, len(self.tasks), opened)
+        self.model = model_of(config, len(self.tasks), opened, load)
         self.model.eval().to(self.device)
         self.max_input_tokens = input_limit(config, self.model.backbone, self.model.method)
         self._index = {task.name: i for i, task in enumerate(self.tasks) if task is not None}
@@ -100,6 +110,11 @@ class Predictor:
     def task_names(self) -> list[str]:
         """The tasks that it can be asked."""
         return list(self._index)
+
+    @property
+    def free_text_tasks(self) -> frozenset[str]:
+        """Those without choices, unless a row has some."""
+        return frozenset(task.name for task in self.tasks if task is not None and not task.choices)
 
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 64, mode: str | None = None
@@ -203,7 +218,7 @@ class Predictor:
 def _example(task: Task, fields: Mapping[str, Any]) -> Example:
     """Return what the task's format makes of the fields, or the text `input` as it stands where they do not fit it."""
     try:
-        made = list(task.examples(fields, "test"))
+        made = _examples(task, fields)
     except DataError:
         if not isinstance(fields.get(INPUT), str):
             raise
@@ -212,6 +227,16 @@ def _example(task: Task, fields: Mapping[str, Any]) -> Example:
         raise DataError(f"{task.name}: the row holds {len(made)} questions; give each its own row")
     (example,) = made
     return example if example.choices else replace(example, choices=task.choices)
+
+
+def _examples(task: Task, fields: Mapping[str, Any]) -> list[Example]:
+    """Raises DataError, also where a field is of a kind that the task's format did not think of."""
+    try:
+        return list(task.examples(fields, "test"))
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise DataError(
+            f"{task.name}: the row's fields do not fit the task's format: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:

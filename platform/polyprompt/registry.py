@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from polyprompt import __version__, checkpoint, tracking
-from polyprompt.errors import ConfigError
+from polyprompt import __version__, checkpoint, section, tracking
+from polyprompt.errors import BundleError, ConfigError
 from polyprompt.predictor import find_bundle
 from polyprompt.pyfunc import FIELDS
 from polyprompt.result import RunResult
@@ -24,6 +24,8 @@ from polyprompt.tasks import catalog
 from polyprompt.tasks.records import Task
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+#: How addresses of versions start.
+ADDRESS = "models:/"
 #: Tags of a version: JSON, task → score and task → digest of its rows.
 SCORES, DATA = "polyprompt.scores", "polyprompt.data"
 #: A champion may lose this much on a task's score by rounding alone.
@@ -127,6 +129,49 @@ def promote(name: str, uri: str, number: str | None = None) -> Version:
             _check_no_worse(name, client.get_model_version(name, chosen), client.get_model_version(name, champion))
         client.set_registered_model_alias(name, CHAMPION, chosen)
     return Version(name, chosen)
+
+
+def parse(address: str) -> tuple[str, str]:
+    """Return the name and the number or @alias of models:/NAME/NUMBER or models:/NAME@ALIAS. Raises ConfigError."""
+    name, mark, rest = address.removeprefix(ADDRESS).rpartition("@" if "@" in address else "/")
+    if not (name and rest) or (mark == "/" and not rest.isdigit()):
+        raise ConfigError(f"{address} names no version; expected models:/NAME@ALIAS or models:/NAME/NUMBER")
+    return name, f"@{rest}" if mark == "@" else rest
+
+
+def current(address: str, uri: str) -> Version:
+    """Return the version that an address means now.
+
+    Raises ConfigError where the store has no such model, alias or number, TrackingError where it cannot be used.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name, which = parse(address)
+    with tracking.store_errors(uri), tracking.patience(retries=1, timeout_seconds=10):
+        client = tracking.client_of(uri)
+        try:
+            if which.startswith("@"):
+                return Version(name, str(client.get_model_version_by_alias(name, which[1:]).version))
+            return Version(name, str(client.get_model_version(name, which).version))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise ConfigError(
+                f"{address} is not in the registry of {section.mask(uri)}; `jobs/register.py` makes versions and moves "
+                "the champion"
+            ) from error
+
+
+def fetch(version: Version, uri: str, folder: Path) -> Path:
+    """Copy a version's files into a folder, and return the bundle among them. Raises BundleError, TrackingError."""
+    from mlflow.artifacts import download_artifacts
+
+    with _store(uri):
+        model = Path(download_artifacts(artifact_uri=version.uri, dst_path=str(folder), tracking_uri=uri))
+    found = sorted(model.rglob(checkpoint.MANIFEST))
+    if len(found) != 1:
+        raise BundleError(f"{version.uri} holds {len(found)} bundles, expected one; register it with jobs/register.py")
+    return found[0].parent
 
 
 def _check_no_worse(name: str, new: Any, old: Any) -> None:
