@@ -35,6 +35,8 @@ LOGGER = logging.getLogger(__name__)
 MAX_METRICS_A_BATCH, MAX_PARAMS_A_BATCH = 1000, 100
 MAX_KEY_CHARACTERS, MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS, MAX_DIGEST_CHARACTERS = 250, 6000, 8000, 36
 LOCK_TIMEOUT_SECONDS = 120.0
+#: Tag of a run: JSON, task → digest of its rows (12 digits). Scores on equal rows compare.
+ROWS = "polyprompt.rows"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def open_run(
     Raises TrackingError when the store cannot be used within seconds, or the run is another one.
     """
     uri, experiment = resolve_uri(config.tracking), resolve_experiment(config.tracking)
-    texts = {slug(key): _param(value) for key, value in {**config.flat(), **(params or {})}.items()}
+    texts = {slug(key): param_text(value) for key, value in {**config.flat(), **(params or {})}.items()}
     tags = {
         "method": config.method.name,
         "backbone": config.backbone.name,
@@ -251,6 +253,7 @@ def system_monitor(handle: RunHandle) -> Any:
 def client_of(uri: str, *, create: bool = False) -> Any:
     """Return a client of a store. Raises TrackingError for a sqlite file that is absent and must not be created."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     file = _sqlite_file(uri)
     if file is not None and not create and not file.exists():
         raise TrackingError(f"{file} is not on this machine; runs over several machines need an mlflow server")
@@ -383,7 +386,7 @@ def _mlflow_source(source: Source | TextSource, split: str) -> tuple[str, dict[s
     }
 
 
-def _param(value: str) -> str:
+def param_text(value: str) -> str:
     """Fit a value into a param: a long one is cut, and its hash still tells it from any other."""
     if len(value) <= MAX_PARAM_CHARACTERS:
         return value
