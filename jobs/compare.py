@@ -33,8 +33,8 @@ def main() -> int:
     parser.add_argument(
         "--rows",
         type=int,
-        default=8,
-        help="validation rows of each task that trained models are looked at with; 0: load no model (8)",
+        default=16,
+        help="validation rows of each task that trained models are looked at with; 0: load no model (16)",
     )
     parser.add_argument("--uri", help="of the tracking store")
     options = parser.parse_intermixed_args()

@@ -139,20 +139,20 @@ def _line(comparison: Comparison, setting: Setting, place: int) -> Line:
     return Line(
         label=setting.label,
         seeds=str(len(setting.runs)),
-        cells=[_cell(comparison, setting, column) for column in comparison.columns],
+        cells=[cell(comparison, setting, column) for column in comparison.columns],
         costs=[
-            amount(setting.trained_parameters),
+            plots.amount(setting.trained_parameters),
             f"{setting.step_seconds:.3g}",
             f"{setting.peak_memory_bytes / 2**30:.2f}",
-            amount(setting.inference_flops),
-            f"{setting.num_steps:,}",
+            plots.amount(setting.inference_flops),
         ],
         colour=plots.look(place)["color"] if place < plots.MAX_LINES else "",
         is_baseline=setting.label == comparison.baseline,
     )
 
 
-def _cell(comparison: Comparison, setting: Setting, column: str) -> Cell:
+def cell(comparison: Comparison, setting: Setting, column: str) -> Cell:
+    """Return what the table shows of a setting in a column."""
     score, spread, test = setting.score(column), setting.spread(column), setting.tests.get(column)
     if math.isnan(score):
         return Cell("–")
@@ -178,7 +178,7 @@ def _majority(comparison: Comparison) -> list[Line]:
     cells = [Cell("" if score is None else f"{100 * score:.1f}") for score in known]
     scores = [score for score in known if score is not None]
     whole = len(scores) == len(known)
-    return [Line("majority", "", [*cells, Cell(f"{100 * sum(scores) / len(scores):.1f}" if whole else "")], [""] * 5)]
+    return [Line("majority", "", [*cells, Cell(f"{100 * sum(scores) / len(scores):.1f}" if whole else "")], [""] * 4)]
 
 
 def _notes(comparison: Comparison) -> Iterator[str]:
@@ -200,7 +200,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         yield f"No test below {MIN_SEEDS} seeds on either side: {'; '.join(few)}."
     yield (
         "Costs: trained parameters; seconds a step (median of runs, as fast as their machines were); peak memory of a "
-        "process (GiB, the highest of the runs); estimated operations to answer one row of median length; steps."
+        "process (GiB, the highest of the runs); estimated operations to answer one row of median length."
     )
     commits = {run.commit for setting in comparison.settings for run in setting.runs if run.commit}
     if len(commits) > 1:
@@ -229,11 +229,3 @@ def _runs(comparisons: Sequence[Comparison]) -> list[list[str]]:
         for setting in comparison.settings
         for run in setting.runs
     ]
-
-
-def amount(value: float) -> str:
-    """Return a count in thousands, millions … with three digits."""
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"

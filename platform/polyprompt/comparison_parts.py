@@ -28,7 +28,7 @@ def parts(comparison: Comparison, num_rows: int, say: Say) -> Iterator[Part]:
     """Make the parts, one after the other. say: takes a line for each model that is looked at."""
     yield Part(
         "Score against cost",
-        ["Dashed: what no other setting beats at its cost or a lower one. Bars: standard deviation over seeds."],
+        ["Ringed: what no other setting beats at its cost or a lower one. Bars: standard deviation over seeds."],
         plots.svg(plots.front(comparison)),
         in_words=False,
     )
@@ -72,7 +72,7 @@ def _router(setting: Setting, seen: Analysis | str | None) -> Iterator[Part]:
     if not collapsed:
         count = len(setting.runs)
         texts.append(f"No router had collapsed at the end ({count} seed{'s' if count > 1 else ''}).")
-    points = f"last {logged.num_points} logged point" + ("s" if logged.num_points > 1 else "")
+    points = f"last {logged.num_points} logged points" if logged.num_points > 1 else "last logged point"
     texts.append(
         f"Seed {run.seed}: the part of each task's rows (or of their prompt, where prompts are mixed) that each prompt "
         f"makes up, over the {points}"
@@ -84,15 +84,14 @@ def _router(setting: Setting, seen: Analysis | str | None) -> Iterator[Part]:
         + f". An even share is {1 / len(routes):.2f}. Entropy is a fraction of its highest; margin is the lead of the "
         "likeliest prompt; dead prompts have less than 1 % of their fair share."
     )
-    figure = plots.heat(
-        tables, logged.tasks, dict.fromkeys(tables, routes), name="share", low=0.0, high=1.0, xlabel="prompt"
-    )
+    names = [task.rpartition("/")[2] for task in logged.tasks]
+    figure = plots.heat(tables, names, dict.fromkeys(tables, routes), name="share", low=0.0, high=1.0, xlabel="prompt")
     table = [["task", "entropy", "margin", "dead prompts", "most used prompt"]]
-    for i, (task, line) in enumerate(logged.health.iterrows()):
+    for i, (_, line) in enumerate(logged.health.iterrows()):
         most = int(logged.usage[i].argmax())
         table.append(
             [
-                str(task),
+                names[i],
                 f"{line['entropy']:.2f}",
                 f"{line['margin']:.2f}",
                 f"{line['dead_prompts']:.1f}",

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from polyprompt.comparison import MEAN, Comparison, Setting
 from polyprompt.report import COLOURS, GREY, MARKERS
@@ -58,8 +58,10 @@ def undominated(points: Sequence[tuple[float, float]]) -> list[int]:
 def _draw_front(axes: Axes, shown: Sequence[Setting], cost: Callable[[Setting], float], name: str) -> None:
     points = [(cost(setting), 100 * setting.score()) for setting in shown]
     best = [points[i] for i in undominated(points)]
+    xs, ys = [x for x, _ in best], [y for _, y in best]
+    axes.scatter(xs, ys, s=200, facecolors="none", edgecolors=GREY, linewidths=1.2)
     if len(best) > 1:
-        axes.step(*zip(*best, strict=True), where="post", color=GREY, linewidth=1.2, linestyle="--", zorder=1)
+        axes.step(xs, ys, where="post", color=GREY, linewidth=1.2, linestyle="--", zorder=1)
     for place, (setting, point) in enumerate(zip(shown, points, strict=True)):
         spread = 100 * setting.spread()
         bars = None if math.isnan(spread) else spread
@@ -67,6 +69,9 @@ def _draw_front(axes: Axes, shown: Sequence[Setting], cost: Callable[[Setting], 
     costs = [x for x, _ in points]
     if max(costs) > 3 * min(costs):
         axes.set_xscale("log")
+    if min(costs) >= 1000:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(name)
     _plain(axes)
     axes.grid(alpha=0.3)
@@ -130,7 +135,8 @@ def _grid(
     for axes in grid.flat[len(columns) :]:
         axes.remove()
     figure.supylabel(unit, fontsize=10)
-    figure.supxlabel("optimiser step", fontsize=10)
+    for axes in figure.axes[-wide:]:
+        axes.set_xlabel("optimiser step", fontsize=9)
     _legend(figure, shown)
     return figure
 
@@ -159,6 +165,7 @@ def heat(
     size = (min(11.0, 2.2 + sum(widths) + 0.4 * len(widths)), 1.5 + 0.34 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(1, len(tables), sharey=True, width_ratios=widths, squeeze=False)[0]
+    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr,call-arg]
     colours = matplotlib.colormaps[DIVERGING if low < 0 else BLUES]
     for axes, (title, table) in zip(grid, tables.items(), strict=True):
         image = axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
@@ -192,7 +199,8 @@ def attention(tables: Mapping[str, np.ndarray], even: Mapping[str, float], tasks
         lines = [axes.plot(layers, row, **look(i), markersize=5, linewidth=1.3)[0] for i, row in enumerate(table)]
         axes.axhline(even[stack], color=GREY, linestyle=":", linewidth=1.5)
         axes.set(title=stack, xlabel="layer", ylim=(0, min(1.0, 1.15 * max(float(table.max()), even[stack]))))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(layers) <= 12:
+            axes.set_xticks(layers)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         _plain(axes)
         axes.grid(axis="y", alpha=0.3)
@@ -222,3 +230,11 @@ def _legend(figure: Figure, shown: Sequence[Setting]) -> None:
 
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def amount(value: float) -> str:
+    """Return a count in thousands, millions … with three digits."""
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
