@@ -22,6 +22,7 @@ from polyprompt import checkpoint, comparison, comparison_analysis, comparison_p
 from polyprompt.comparison_sources import Absent, Record, read
 from polyprompt.config import METHOD_NAMES
 from polyprompt.errors import BundleError, ConfigError, TrackingError
+from polyprompt.experiment_view import VIEW
 from polyprompt.plan import build
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
@@ -455,7 +456,7 @@ def test_mistakes_are_one_clear_line(demo: Demo, tmp_path: Path) -> None:
 def test_a_run_says_what_it_is(demo: Demo) -> None:
     result = result_of(demo.folders["hyperprompt-2"])
     found = MlflowClient(demo.uri).get_run(result.run_id)
-    assert re.fullmatch(r"hyperprompt global, tiny_t5, 2 tasks, seed 2 \([0-9a-f]{6}\)", found.info.run_name)
+    assert re.fullmatch(r"hyperprompt, seed 2, global, tiny_t5, 2 tasks \([0-9a-f]{6}\)", found.info.run_name)
     note = found.data.tags[NOTE]
     assert note.startswith("**hyperprompt** (global) on **tiny_t5** (trained too), seed 2:")
     assert f"| **mean** | {result.mean:.3f} |" in note
@@ -465,3 +466,15 @@ def test_a_run_says_what_it_is(demo: Demo) -> None:
     assert metrics["cost/peak_memory_bytes"] == result.peak_memory_bytes
     groups = {key.split("/")[0] for key in metrics}
     assert groups == {"train", "eval", "perf", "cost"}
+
+
+def test_an_experiment_shows_the_columns_that_matter(demo: Demo) -> None:
+    client = MlflowClient(demo.uri)
+    experiment = client.get_experiment_by_name("demo")
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{VIEW}"])
+    columns = [
+        re.fullmatch(r"(metrics|params)\.`(.*)`", column) for column in json.loads(view["state"])["selectedColumns"]
+    ]
+    run = client.search_runs([experiment.experiment_id])[0].data
+    assert all(found is not None and found[2] in getattr(run, found[1]) for found in columns)
+    assert "jobs/compare.py" in experiment.tags[NOTE]

@@ -17,10 +17,10 @@ def title(config: RunConfig) -> str:
     """Return the run's name in MLflow: its own, else what it is."""
     if config.name is not None:
         return config.name
+    # MLflow's table shows some twenty characters: what differs most stands first.
     variant = getattr(config.method, "variant", "")
-    method = f"{config.method.name} {variant}".strip()
-    backbone = Path(config.backbone.name).name
-    return f"{method}, {backbone}, {_tasks(config)}, seed {config.train.seed} ({config.identity()[:6]})"
+    parts = [config.method.name, f"seed {config.train.seed}", variant, Path(config.backbone.name).name, _tasks(config)]
+    return f"{', '.join(part for part in parts if part)} ({config.identity()[:6]})"
 
 
 def opening(config: RunConfig, plan: Plan, place: RunFolder) -> str:

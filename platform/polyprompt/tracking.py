@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from polyprompt import __version__
+from polyprompt import __version__, experiment_view
 from polyprompt.config import RunConfig, TrackingConfig, shapes_result
 from polyprompt.errors import PolypromptError, TrackingError
 from polyprompt.section import MASKED, home, mask
@@ -335,7 +335,8 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
     file = _sqlite_file(uri)
     try:
         if (found := client.get_experiment_by_name(name)) is None:
-            return client.create_experiment(name, artifact_location=str(file.parent / "mlartifacts") if file else None)
+            place = str(file.parent / "mlartifacts") if file else None
+            return client.create_experiment(name, artifact_location=place, tags=experiment_view.tags(now_ms()))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
             raise
