@@ -39,7 +39,7 @@ def tags(created_ms: int) -> dict[str, str]:
         f"mlflow.sharedViewState.{VIEW}": json.dumps(view),
         "mlflow.note.content": (
             "Training runs of polyprompt. *Views*, above the table, has their scores and costs as columns; the charts "
-            "are grouped by prefix: `eval/<task>/…`, `train/<task>/…`, `router/<task>/…`, `perf/…`, `cost/…`. Runs side by "
-            "side, with statistics over seeds: `python jobs/compare.py experiment=NAME --out DIR`."
+            "are grouped by prefix: `eval/<task>/…`, `train/<task>/…`, `router/<task>/…`, `perf/…`, `cost/…`. Runs "
+            "side by side, with statistics over seeds: `python jobs/compare.py experiment=NAME --out DIR`."
         ),
     }
