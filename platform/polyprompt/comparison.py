@@ -71,11 +71,12 @@ class Setting:
         return max(run.result.num_steps for run in self.runs)
 
     def score(self, column: str = MEAN) -> float:
-        return float(self.scores[column].mean())
+        """The mean over seeds; NaN where a seed has no score."""
+        return float(self.scores[column].mean(skipna=False))
 
     def spread(self, column: str = MEAN) -> float:
         """The standard deviation of a sample; NaN for one seed."""
-        return float(self.scores[column].std())
+        return float(self.scores[column].std(skipna=False))
 
 
 @dataclass(frozen=True)

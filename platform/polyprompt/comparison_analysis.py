@@ -75,6 +75,8 @@ def analyse(bundle: Path, num_rows: int) -> Analysis:
     forms = catalog.forms(config)
     model = model_of(eager, len(forms), opened).eval()
     tasks = [(i, task) for i, task in enumerate(forms) if task is not None]
+    if not tasks:
+        raise DataError(f"{bundle} was trained on plain text alone, which has no rows to look at it with")
     seen = [_task(model, config, index, task, _examples(config, index, num_rows)) for index, task in tasks]
     stacks = [stack for stack in STACKS if stack in seen[0].prompts]
     usages = [own.usage for own in seen if own.usage is not None]
