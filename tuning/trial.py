@@ -113,7 +113,8 @@ class Trials:
             shutil.rmtree(left, ignore_errors=True)
             left.mkdir(parents=True)
         step = _copy_bundles(self.place(source, recorded[source], seed).bundles, new.bundles, config)
-        new.write_record(config, old.record()["data"], old.record()["run_id"])
+        record = old.record()
+        new.write_record(config, record["data"], record["run_id"], record["rows"])
         if (old.folder / UNSENT_FILE).is_file():
             shutil.copy(old.folder / UNSENT_FILE, new.folder)
         changed = {key: value for key, value in recorded[number].items() if params[key] != value}

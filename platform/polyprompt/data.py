@@ -171,12 +171,14 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task with its two splits. digest (20 hex digits): same digest, same token ids in the same order."""
+    """A task with its two splits. digest (20 hex digits): same digest, same token ids in the same order. rows_digest:
+    of the same rows, formats and limits, whatever their tokens: scores on them compare."""
 
     task: Task
     train: Split
     validation: Split
     digest: str
+    rows_digest: str
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ class TextData:
     train: TextSplit
     validation: TextSplit
     digest: str
+
+    @property
+    def rows_digest(self) -> str:
+        """The digest: a loss by token compares between equal tokens alone."""
+        return self.digest
 
 
 AnyData = TaskData | TextData
@@ -210,15 +217,18 @@ def prepare(
 
 def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tokens: int) -> TaskData:
     limits = {"train": config.max_train_examples, "validation": config.max_validation_examples}
-    identity = {
-        "format": token_store.FORMAT,
+    rows = {
         "task": task.name,
         "source": _source_identity(task),
         "examples": _identity(task.examples),
         "choices": task.choices,
+        "limits": limits,
+    }
+    identity = {
+        **rows,
+        "format": token_store.FORMAT,
         "tokenizer": _tokenizer_identity(tokenizer),
         "max_tokens": [max_input_tokens, config.max_target_tokens],
-        "limits": limits,
     }
     digest = _digest(identity)
     folder = _cache_folder(config) / digest
@@ -229,7 +239,7 @@ def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tok
         }
         splits = {name: islice(examples, limits[name]) for name, examples in read.items()}
         token_store.Writer(task, tokenizer, max_input_tokens, config.max_target_tokens).write(folder, splits)
-    data = TaskData(task, Split(folder, "train"), Split(folder, "validation"), digest)
+    data = TaskData(task, Split(folder, "train"), Split(folder, "validation"), digest, _digest(rows))
     for split in (data.train, data.validation):
         if split.num_cut_targets:
             counts = f"{split.num_cut_targets} of {len(split)} {split.name} targets"

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 
 import polyprompt
-from polyprompt import checkpoint, placement, report, run_folder, tracking
+from polyprompt import checkpoint, placement, report, run_folder, run_note, tracking
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
@@ -96,16 +96,18 @@ def _run(
     tags: Mapping[str, str],
 ) -> RunResult:
     digests = {task.task.name: task.digest for task in checked.data}
+    rows = {task.task.name: task.rows_digest for task in checked.data}
     run_folder.check_data(place, digests)
     newest = checkpoint.newest_whole(place.bundles)
     if newest is not None:
         say(f"Run {place.name} goes on from {newest}")
     # Recorded before the tracking store is asked, so that a start which fails there can be repeated.
     run_id = place.record().get("run_id", "")
-    place.write_record(config, digests, run_id)
-    handle = _open_tracking(config, checked, place.name, run_id, tags)
+    place.write_record(config, digests, run_id, rows)
+    note = run_note.opening(config, checked, place)
+    handle = _open_tracking(config, checked, run_id, {run_note.NOTE: note, **tags})
     if handle is not None:
-        place.write_record(config, digests, handle.run_id)
+        place.write_record(config, digests, handle.run_id, rows)
     (place.out / "config.yaml").write_text(config.to_yaml())
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     closing: dict[str, float] = {}
@@ -119,9 +121,10 @@ def _run(
         result = _result(config, place, checked, outcome, handle)
         _leave(result, place, handle)
         status = "FINISHED"
-        closing = {"eval/best_mean": result.mean}
+        closing = {"eval/best_mean": result.mean, **run_note.costs(result)}
+        flags = {run_note.NOTE: run_note.closing(note, result)}
         if result.router_collapse:
-            flags = {"router.collapsed": describe(result.router_collapse)}
+            flags |= {"router.collapsed": describe(result.router_collapse)}
         return result
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
@@ -375,18 +378,17 @@ def _progress(place: RunFolder, max_steps: int) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _open_tracking(
-    config: RunConfig, checked: Plan, name: str, run_id: str, tags: Mapping[str, str]
-) -> tracking.RunHandle | None:
+def _open_tracking(config: RunConfig, checked: Plan, run_id: str, tags: Mapping[str, str]) -> tracking.RunHandle | None:
     if not config.tracking.enabled:
         return None
     return tracking.open_run(
         config,
-        name=name,
+        name=run_note.title(config),
         tags={
             "backbone_sha256": str(checked.backbone["sha256"]),
             "git_commit": checkpoint.git_commit(),
             "num_trained_parameters": str(checked.num_trained_parameters),
+            tracking.ROWS: json.dumps({task.task.name: task.rows_digest[:12] for task in checked.data}),
             **tags,
         },
         datasets=[

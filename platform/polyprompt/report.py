@@ -34,7 +34,7 @@ def table(result: RunResult) -> Table:
         values = "\n".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "score")
         shown.add_row(task, values, *_scores(metrics["score"], result.majority.get(task)))
     shown.add_section()
-    shown.add_row("mean", "", *_scores(result.mean, _mean_majority(result)), style="bold")
+    shown.add_row("mean", "", *_scores(result.mean, mean_majority(result)), style="bold")
     return shown
 
 
@@ -50,7 +50,7 @@ def per_task_csv(result: RunResult, path: Path) -> None:
             lift = None if majority is None else metrics["score"] - majority
             best = result.best_task_steps.get(task)
             writer.writerow({**metrics, "task": task, "majority": majority, "lift": lift, "best_step": best})
-        majority = _mean_majority(result)
+        majority = mean_majority(result)
         lift = None if majority is None else result.mean - majority
         step = result.best_step
         writer.writerow({"task": "mean", "score": result.mean, "majority": majority, "lift": lift, "best_step": step})
@@ -169,7 +169,7 @@ def _draw_bars(axes: "Axes", result: RunResult) -> None:
     """A bar a task and one for their mean, with a mark at the majority baseline."""
     names = [*result.eval, "mean"]
     scores = [*(metrics["score"] for metrics in result.eval.values()), result.mean]
-    baselines = [*(result.majority.get(task) for task in result.eval), _mean_majority(result)]
+    baselines = [*(result.majority.get(task) for task in result.eval), mean_majority(result)]
     places = list(range(len(names)))
     colours = [COLOURS[0]] * len(result.eval) + ["#333333"]
     axes.barh(places, scores, height=0.62, color=colours)
@@ -240,7 +240,7 @@ def _scores(score: float, majority: float | None) -> tuple[str, str, str]:
     return f"{score:.3f}", f"{majority:.3f}", f"{score - majority:+.3f}"
 
 
-def _mean_majority(result: RunResult) -> float | None:
+def mean_majority(result: RunResult) -> float | None:
     """The mean of the baselines; None unless every task has one, since it would not compare with the mean score."""
     baselines = [result.majority.get(task) for task in result.eval]
     known = [base for base in baselines if base is not None]

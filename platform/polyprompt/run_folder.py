@@ -47,14 +47,15 @@ class RunFolder:
         file = self.folder / RUN
         return json.loads(file.read_text()) if file.is_file() else {}
 
-    def write_record(self, config: RunConfig, data: Mapping[str, str], run_id: str) -> None:
-        """Write run.json. data: task → digest of its rows. run_id: the tracking run's, "" for none."""
+    def write_record(self, config: RunConfig, data: Mapping[str, str], run_id: str, rows: Mapping[str, str]) -> None:
+        """Write run.json. data: task → digest. rows: task → rows_digest. run_id: the tracking run's, "" for none."""
         table = {
             "name": self.name,
             "identity": config.identity(),
             "run_id": run_id,
             "out": str(self.out),
             "data": dict(data),
+            "rows": dict(rows),
             "config": config.flat(),
         }
         write_whole(self.folder / RUN, json.dumps(table, indent=1).encode())

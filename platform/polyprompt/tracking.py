@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from polyprompt import __version__
+from polyprompt import __version__, experiment_view
 from polyprompt.config import RunConfig, TrackingConfig, shapes_result
 from polyprompt.errors import PolypromptError, TrackingError
 from polyprompt.section import MASKED, home, mask
@@ -35,6 +35,8 @@ LOGGER = logging.getLogger(__name__)
 MAX_METRICS_A_BATCH, MAX_PARAMS_A_BATCH = 1000, 100
 MAX_KEY_CHARACTERS, MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS, MAX_DIGEST_CHARACTERS = 250, 6000, 8000, 36
 LOCK_TIMEOUT_SECONDS = 120.0
+#: Tag of a run: JSON, task → digest of its rows (12 digits). Scores on equal rows compare.
+ROWS = "polyprompt.rows"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def open_run(
     Raises TrackingError when the store cannot be used within seconds, or the run is another one.
     """
     uri, experiment = resolve_uri(config.tracking), resolve_experiment(config.tracking)
-    texts = {slug(key): _param(value) for key, value in {**config.flat(), **(params or {})}.items()}
+    texts = {slug(key): param_text(value) for key, value in {**config.flat(), **(params or {})}.items()}
     tags = {
         "method": config.method.name,
         "backbone": config.backbone.name,
@@ -251,6 +253,7 @@ def system_monitor(handle: RunHandle) -> Any:
 def client_of(uri: str, *, create: bool = False) -> Any:
     """Return a client of a store. Raises TrackingError for a sqlite file that is absent and must not be created."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     file = _sqlite_file(uri)
     if file is not None and not create and not file.exists():
         raise TrackingError(f"{file} is not on this machine; runs over several machines need an mlflow server")
@@ -332,7 +335,8 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
     file = _sqlite_file(uri)
     try:
         if (found := client.get_experiment_by_name(name)) is None:
-            return client.create_experiment(name, artifact_location=str(file.parent / "mlartifacts") if file else None)
+            place = str(file.parent / "mlartifacts") if file else None
+            return client.create_experiment(name, artifact_location=place, tags=experiment_view.tags(now_ms()))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
             raise
@@ -383,7 +387,7 @@ def _mlflow_source(source: Source | TextSource, split: str) -> tuple[str, dict[s
     }
 
 
-def _param(value: str) -> str:
+def param_text(value: str) -> str:
     """Fit a value into a param: a long one is cut, and its hash still tells it from any other."""
     if len(value) <= MAX_PARAM_CHARACTERS:
         return value
