@@ -219,14 +219,26 @@ class ComputeConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
     enabled: bool = True
     #: None: $MLFLOW_TRACKING_URI, which always wins, or mlflow.db in $POLYPROMPT_HOME, or in the working folder.
     #: A password in it is written to no file.
     uri: str | None = Field(default=None, repr=False)
     #: $MLFLOW_EXPERIMENT_NAME wins.
     experiment: str = "polyprompt"
+    #: Register the best bundle of the finished run as the candidate of this model in MLflow's registry. true: of the
+    #: model named as the experiment. A search registers its best run itself.
+    register_model: bool | Annotated[str, Field(pattern=r"^[^/:]+$")] = Field(default=False, alias="register")
     #: Sample CPU, memory and GPU use every so many seconds (None: never).
     system_metrics_interval_seconds: PositiveFloat | None = 10.0
+
+    @model_validator(mode="after")
+    def _has_a_store(self) -> "TrackingConfig":
+        if self.register_model and not self.enabled:
+            raise ValueError(
+                f"tracking.register={self.register_model} needs tracking.enabled=true: a version is of a run in MLflow"
+            )
+        return self
 
     @field_serializer("uri")
     def _without_password(self, uri: str | None) -> str | None:

@@ -104,7 +104,7 @@ def register(run: Path, name: str, uri: str) -> Version:
                 step=int(result.best_step),
                 model_id=info.model_id,
                 dataset_name=task,
-                dataset_digest=record["data"][task],
+                dataset_digest=f"{record['data'][task]}-validation"[: tracking.MAX_DIGEST_CHARACTERS],
             )
         client.set_registered_model_alias(name, CANDIDATE, version.number)
     return version
