@@ -25,6 +25,8 @@ LENGTHS = ((9, 3), (5, 2))
 RELATIVE_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 #: Under this name the state of a bundle holds one.
 KEPT = "fingerprint"
+#: In it: the weights (Bundle.weights) of the bundle that it was taken of, and of those that it goes back to itself.
+OF = "of"
 log = logging.getLogger(__name__)
 
 

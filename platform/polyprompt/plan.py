@@ -88,7 +88,10 @@ def _with_new_tasks(config: RunConfig, bundle: Bundle | None, tasks: Sequence[Ta
             f"init.from={base.folder}: with {', '.join(names[num_old:])} added, the old tasks' outputs are not equal "
             "to the last bit. This is a fault of polyprompt's: please report it with the recipe"
         )
-    model.fingerprint = taken
+    model.fingerprint = {
+        **taken,
+        fingerprint.OF: [base.weights, *base.state.get(fingerprint.KEPT, {}).get(fingerprint.OF, [])],
+    }
     later_tasks.freeze(model, axes, num_old)
     return model
 
