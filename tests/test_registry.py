@@ -12,6 +12,7 @@ import pytest
 from polyprompt import checkpoint, registry, tracking
 from polyprompt.errors import ConfigError
 from polyprompt.predictor import Predictor, find_bundle
+from polyprompt.ray_train import run
 from polyprompt.recipe import check
 from polyprompt.run_folder import RUN
 
@@ -124,6 +125,23 @@ def test_scores_on_other_rows_do_not_compare(recorded: Path, uri: str, tmp_path:
     registry.register(other, NAME, uri)
     with pytest.raises(ConfigError, match="not scored on the same rows of embedded/nli"):
         registry.promote(NAME, uri)
+
+
+def test_a_champion_that_learnt_one_more_task_is_promoted(recorded: Path, uri: str, tmp_path: Path) -> None:
+    registry.register(recorded, NAME, uri)
+    registry.promote(NAME, uri)
+    base = find_bundle(recorded)
+    table = checkpoint.read(base).config.model_dump(mode="json")
+    table["train"] |= {"max_steps": 2}
+    table |= {"tracking": {"uri": uri}, "init": {"from": str(base), "new_tasks": ["embedded/wic"]}}
+    run(check(table), out=tmp_path / "more", say=lambda line: None)
+    version = registry.register(tmp_path / "more", NAME, uri)
+    assert registry.promote(NAME, uri) == version
+    # The other way round a task would be lost.
+    with pytest.raises(
+        ConfigError, match="version 1 of my-tasks does not know embedded/wic, which the champion serves"
+    ):
+        registry.promote(NAME, uri, "1")
 
 
 def test_runs_that_cannot_be_registered(trained_run: Path, recorded: Path, uri: str) -> None:

@@ -119,11 +119,14 @@ class Backbone(nn.Module, ABC):
         """Return the layer normalisations, of whatever kind."""
         return [m for m in self.model.modules() if type(m).__name__.endswith(("LayerNorm", "RMSNorm"))]
 
+    def ordinary_ids(self) -> list[int]:
+        """Return the ids of the pieces that are no special tokens."""
+        special = set(self.tokenizer.all_special_ids)
+        return [i for i in range(len(self.tokenizer)) if i not in special]
+
     def ordinary_embeddings(self) -> Tensor:
         """Return the embeddings of the pieces that are no special tokens, in the order of their ids."""
-        special = set(self.tokenizer.all_special_ids)
-        ordinary = [i for i in range(len(self.tokenizer)) if i not in special]
-        return self.model.get_input_embeddings().weight[torch.tensor(ordinary)].detach()
+        return self.model.get_input_embeddings().weight[torch.tensor(self.ordinary_ids())].detach()
 
 
 def with_input_prompts(x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,8 @@ class Bundle:
     backbone: Mapping[str, Any]
     #: Of a folded bundle (folding.py) the names of its tables and the texts beside them.
     folded: Mapping[str, Any] | None = None
+    #: The sha256 of the file of its tensors.
+    weights: str = ""
 
     def optimizer(self) -> dict[str, Any]:
         """Read the optimizer and schedule state."""
@@ -119,6 +121,7 @@ def read(folder: Path, *, backbone: Mapping[str, Any] | None = None) -> Bundle:
             tensors=safetensors.torch.load_file(folder / TENSORS),
             backbone=manifest["backbone"],
             folded=manifest.get("folded"),
+            weights=manifest["files"][TENSORS],
         )
     except (ConfigError, SafetensorError, ValueError) as error:
         raise BundleError(f"bundle {folder} was written by another version and cannot be read: {error}") from error

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import (
     AfterValidator,
+    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -217,18 +218,43 @@ class ComputeConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
     enabled: bool = True
     #: None: $MLFLOW_TRACKING_URI, which always wins, or mlflow.db in $POLYPROMPT_HOME, or in the working folder.
     #: A password in it is written to no file.
     uri: str | None = Field(default=None, repr=False)
     #: $MLFLOW_EXPERIMENT_NAME wins.
     experiment: str = "polyprompt"
+    #: Register the best bundle of the finished run as the candidate of this model in MLflow's registry. true: of the
+    #: model named as the experiment. A search registers its best run itself.
+    register_model: bool | Annotated[str, Field(pattern=r"^[^/:]+$")] = Field(default=False, alias="register")
     #: Sample CPU, memory and GPU use every so many seconds (None: never).
     system_metrics_interval_seconds: PositiveFloat | None = 10.0
+
+    @model_validator(mode="after")
+    def _has_a_store(self) -> "TrackingConfig":
+        if self.register_model and not self.enabled:
+            raise ValueError(
+                f"tracking.register={self.register_model} needs tracking.enabled=true: a version is of a run in MLflow"
+            )
+        return self
 
     @field_serializer("uri")
     def _without_password(self, uri: str | None) -> str | None:
         return uri and mask(uri)
+
+
+class InitConfig(Section):
+    """Tasks added later: what an earlier bundle knows stays as it is; only what belongs to the new tasks is trained.
+
+    The config is that of the bundle's run but for how it trains; new tasks that `tasks` lacks are added behind them.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+    #: A step_… folder of a run of this method on this backbone and the other tasks.
+    bundle: AbsolutePath = Field(alias="from")
+    #: As in `tasks`; kept are their names.
+    new_tasks: Annotated[list[str], Field(min_length=1)]
 
 
 class RunConfig(Section):
@@ -247,11 +273,13 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
+    #: Left out where there is none, so that configs are written, and runs found again, as ever.
+    init: InitConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, data: Any) -> Any:
-        return long_form(data) if isinstance(data, Mapping) else data
+        return _with_new_tasks(long_form(data)) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -263,6 +291,11 @@ class RunConfig(Section):
         if strangers:
             raise ValueError(
                 f"mixture.weights: {', '.join(strangers)} not among the tasks; the tasks are {', '.join(names)}"
+            )
+        if self.init is not None and (self.num_old_tasks < 1 or names[self.num_old_tasks :] != self.init.new_tasks):
+            raise ValueError(
+                f"init.new_tasks={self.init.new_tasks} must be the last of the tasks, behind those of init.from; the "
+                f"tasks are {', '.join(names)}. Leave the new ones out of `tasks`, which adds them there"
             )
         if self.method.name == "full" and self.backbone.trainable is False:
             raise ValueError("method.name=full trains the backbone, but backbone.trainable=false; drop one of the two")
@@ -282,6 +315,16 @@ class RunConfig(Section):
     @property
     def task_names(self) -> list[str]:
         return [t if isinstance(t, str) else t.name for t in self.tasks]
+
+    @property
+    def num_old_tasks(self) -> int:
+        """How many of the tasks, the first, are the bundle's that new ones are added to; 0 without such."""
+        return len(self.tasks) - len(self.init.new_tasks) if self.init is not None else 0
+
+    @property
+    def trained_tasks(self) -> list[TaskEntry]:
+        """The tasks that are trained on: all, or those added to a bundle's."""
+        return self.tasks[self.num_old_tasks :]
 
     def with_backbone_at(self, name: str | None) -> Self:
         """Return this config with its backbone in another place (None: where it was)."""
@@ -331,3 +374,18 @@ def shapes_result(key: str) -> bool:
 def long_form(table: Mapping[str, Any]) -> dict[str, Any]:
     """Write out the short forms: `backbone: embedded` and `method: smop` mean their `name`."""
     return {k: {"name": v} if k in ("backbone", "method") and isinstance(v, str) else v for k, v in table.items()}
+
+
+def _with_new_tasks(table: dict[str, Any]) -> dict[str, Any]:
+    """Put the tasks of `init.new_tasks` behind `tasks`, where they are not there yet, and leave their names."""
+    init, tasks = table.get("init"), table.get("tasks")
+    new = init.get("new_tasks") if isinstance(init, Mapping) else None
+    if not isinstance(init, Mapping) or not isinstance(new, list) or not isinstance(tasks, list):
+        return table  # pydantic says what is wrong
+    known = [_name(entry) for entry in tasks]
+    added = [entry for entry in new if _name(entry) not in known]
+    return {**table, "tasks": [*tasks, *added], "init": {**init, "new_tasks": [_name(entry) for entry in new]}}
+
+
+def _name(entry: Any) -> Any:
+    return entry.get("name") if isinstance(entry, Mapping) else getattr(entry, "name", entry)

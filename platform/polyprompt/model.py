@@ -4,7 +4,7 @@ Letters: B rows of a batch, T input tokens, S target tokens, C choices of all ro
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ class PromptedModel(nn.Module):
         self.backbone = backbone
         method.join(backbone.model)
         method.initialise(backbone.ordinary_embeddings())
+        state = method.state_dict(prefix="method.", keep_vars=True)
+        buffers = [name for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)]
+        #: What a bundle holds: all that may be trained here, though some of it may be frozen later, and buffers.
+        self._kept_names = (*self._trained(), *buffers)
+        #: The id of the task that callers call 0.
+        self.first_task = 0
+        #: Of the tasks whose outputs must stay as they are (fingerprint.py).
+        self.fingerprint: Mapping[str, Any] | None = None
 
     def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Loss:
         """Return the loss of a batch. mask_BT: 1 for real tokens. labels_BS: target ids, -100 for no loss."""
@@ -138,7 +146,7 @@ class PromptedModel(nn.Module):
     def num_parameters(self) -> Counts:
         return Counts(
             trained=sum(p.numel() for p in self._trained().values()),
-            method=sum(p.numel() for p in self.method.parameters()),
+            method=sum(self._tensor(_whole(f"method.{name}")).numel() for name, _ in self.method.named_parameters()),
             backbone=sum(p.numel() for name, p in self.named_parameters() if name.startswith("backbone.")),
         )
 
@@ -151,7 +159,10 @@ class PromptedModel(nn.Module):
 
     @torch.no_grad()
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set what `trained_state` returned. Raises BundleError naming what is missing, unexpected or misshapen."""
+        """Set what `trained_state` returned; before any of it is frozen.
+
+        Raises BundleError naming what is missing, unexpected or misshapen.
+        """
         own = self._kept()
         faults = [f"missing {name}" for name in own if name not in state]
         faults += [f"unexpected {name}" for name in state if name not in own]
@@ -170,18 +181,27 @@ class PromptedModel(nn.Module):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters, the backbone's first."""
-        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        trained = [(_whole(name), p) for name, p in self.named_parameters() if p.requires_grad]
         return dict(sorted(trained, key=lambda pair: pair[0].startswith("method.")))
 
     def _kept(self) -> dict[str, Tensor]:
-        state = self.method.state_dict(prefix="method.", keep_vars=True)
-        buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
-        return {**self._trained(), **buffers}
+        return {name: self._tensor(name) for name in self._kept_names}
+
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor of the model; of one that is trained for some tasks alone, the whole."""
+        path, _, last = name.rpartition(".")
+        return getattr(self.get_submodule(path), last)
 
     def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
         x_BTH = self.backbone.embed(input_ids_BT)
-        prompts = self.method.prompts(x_BTH, mask_BT, task_B)
+        prompts = self.method.prompts(x_BTH, mask_BT, task_B + self.first_task)
         return self.backbone.encode(x_BTH, mask_BT, prompts), prompts
+
+    @torch.no_grad()
+    def logits(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Tensor:
+        """Return logits_BSV of a batch as `forward` takes it."""
+        encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
+        return self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts)
 
     def _nll(self, labels_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
         """Return the summed negative log-likelihood of each row's target."""
@@ -190,6 +210,11 @@ class PromptedModel(nn.Module):
             logits_NV = self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts).float()
         nll_N = cross_entropy(logits_NV, labels_BS[real_BS], reduction="none")
         return torch.zeros_like(labels_BS, dtype=nll_N.dtype).masked_scatter(real_BS, nll_N).sum(dim=1)
+
+
+def _whole(name: str) -> str:
+    """Return a parameter's name; that of the whole, for the part of it that is trained (torch's parametrizations)."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
 
 
 def input_limit(config: RunConfig, backbone: Backbone, method: Method) -> int:

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import checkpoint, folding, methods, source_prompts, starts
+from polyprompt import checkpoint, fingerprint, folding, later_tasks, methods, source_prompts, starts
 from polyprompt.backbone_base import Backbone
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
 from polyprompt.config import RunConfig
 from polyprompt.costs import inference_flops, median_lengths
 from polyprompt.data import AnyData, majority, prepare
-from polyprompt.errors import ConfigError
+from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import Method
 from polyprompt.mixture import Mixture, rates
 from polyprompt.model import PromptedModel, check_window, input_limit
 from polyprompt.tasks import catalog
-from polyprompt.tasks.records import TextTask
+from polyprompt.tasks.records import Task, TextTask
 
 #: `backbone.load`, or what stands in for it where a loaded backbone is at hand.
 Load = Callable[..., Backbone]
@@ -49,13 +49,13 @@ def build(config: RunConfig, bundle: Bundle | None = None) -> tuple[PromptedMode
     Raises ConfigError, DataError or BundleError naming what does not fit. Data in the cache is not read again.
     """
     tasks = catalog.resolve(config)
-    model = model_of(config, len(tasks), bundle)
+    model = _with_new_tasks(config, bundle, tasks) if config.init else model_of(config, len(config.tasks), bundle)
     backbone, method = model.backbone, model.method
     limit = input_limit(config, backbone, method)
     for task in tasks:
         if isinstance(task, TextTask):
             check_window(config, task, backbone, method)
-    if bundle is None:
+    if bundle is None and config.init is None:
         starts.start(config.method, method, backbone, tasks)
     if not model.named_groups():
         raise ConfigError(
@@ -65,6 +65,39 @@ def build(config: RunConfig, bundle: Bundle | None = None) -> tuple[PromptedMode
     _check_groups(config, model)
     data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=limit)
     return model, data
+
+
+def _with_new_tasks(config: RunConfig, bundle: Bundle | None, tasks: Sequence[Task | TextTask]) -> PromptedModel:
+    """Build the model of an earlier bundle with tasks added, of which alone anything is trained.
+
+    tasks: the new ones. bundle: of this run, to go on from. Raises as `build` does, and BundleError should the old
+    tasks' outputs differ by a bit.
+    """
+    num_old, names = config.num_old_tasks, config.task_names
+    if bundle is not None:
+        model = model_of(config, len(names), bundle)
+        fewer = later_tasks.method_of(config, model.backbone.dims(num_old), bundle)
+        later_tasks.freeze(model, later_tasks.task_axes(config, model.method, fewer), num_old)
+        return model
+    base = later_tasks.begun(config)
+    old = model_of(config, num_old, base)
+    method = later_tasks.method_of(config, old.backbone.dims(len(names)), base)
+    axes = later_tasks.task_axes(config, method, old.method)
+    taken = fingerprint.take(old, names[:num_old], config.train.precision)
+    model = PromptedModel(old.backbone, method)
+    starts.start(config.method, method, old.backbone, tasks, first=num_old)
+    later_tasks.take_over(model, axes, base.tensors)
+    if not fingerprint.check(model, taken, names, config.train.precision, f"init.from={base.folder}"):
+        raise BundleError(
+            f"init.from={base.folder}: with {', '.join(names[num_old:])} added, the old tasks' outputs are not equal "
+            "to the last bit. This is a fault of polyprompt's: please report it with the recipe"
+        )
+    model.fingerprint = {
+        **taken,
+        fingerprint.OF: [base.weights, *base.state.get(fingerprint.KEPT, {}).get(fingerprint.OF, [])],
+    }
+    later_tasks.freeze(model, axes, num_old)
+    return model
 
 
 def _check_groups(config: RunConfig, model: PromptedModel) -> None:
@@ -103,6 +136,9 @@ def model_of(
     model = PromptedModel(backbone, method)
     if bundle is not None:
         model.load_trained_state(bundle.tensors)
+        model.fingerprint = bundle.state.get(fingerprint.KEPT)
+        if model.fingerprint is not None:
+            fingerprint.check(model, model.fingerprint, config.task_names, config.train.precision, str(bundle.folder))
     return model
 
 

@@ -16,6 +16,7 @@ The only file that imports ray.train. How Ray is used and why (each was seen to 
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -30,14 +31,17 @@ from typing import Any, Literal
 import torch
 
 import polyprompt
-from polyprompt import checkpoint, placement, report, run_folder, run_note, tracking
+from polyprompt import checkpoint, logged_models, placement, registry, report, run_folder, run_note, tracking
 from polyprompt.config import RunConfig
+from polyprompt.data import AnyData, Split
 from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
 from polyprompt.stopping import on_sigterm
+from polyprompt.study_tracking import PARENT
+from polyprompt.text_store import TextSplit
 from polyprompt.worker import LOG, PROGRESS, Job, Outcome, check_folder, train
 from polyprompt.workers import Workers
 
@@ -84,7 +88,11 @@ def run(
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
     checked = plan(config, checkpoint.newest(place.bundles))
     with run_folder.claim(place):
-        return _run(config, place, checked, say, stop, tags or {})
+        result = _run(config, place, checked, say, stop, tags or {})
+    # A search registers its best run itself.
+    if config.tracking.register_model and PARENT not in (tags or {}):
+        _register(config, place, say)
+    return result
 
 
 def _run(
@@ -120,6 +128,8 @@ def _run(
             outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job)
         result = _result(config, place, checked, outcome, handle)
         _leave(result, place, handle)
+        if handle is not None:
+            _log_checkpoints(config, place, checked, outcome, handle)
         status = "FINISHED"
         closing = {"eval/best_mean": result.mean, **run_note.costs(result)}
         flags = {run_note.NOTE: run_note.closing(note, result)}
@@ -395,7 +405,7 @@ def _open_tracking(config: RunConfig, checked: Plan, run_id: str, tags: Mapping[
             tracking.DataInput(
                 name=task.task.name,
                 context="train" if split is task.train else "validation",
-                digest=f"{task.digest}-{split.name}",  # MLflow takes equal name and digest for one data set
+                digest=_digest(task, split),
                 num_examples=len(split),
                 source=task.task.source,
                 split=task.task.train_split if split is task.train else task.task.validation_split,
@@ -406,6 +416,11 @@ def _open_tracking(config: RunConfig, checked: Plan, run_id: str, tags: Mapping[
         ],
         run_id=run_id or None,
     )
+
+
+def _digest(task: AnyData, split: Split | TextSplit) -> str:
+    """Return a split's digest. MLflow takes equal name and digest for one data set."""
+    return f"{task.digest}-{split.name}"
 
 
 def _result(
@@ -443,6 +458,33 @@ def _result(
         inference_flops=checked.inference_flops,
         router_collapse=state.router.collapse,
     )
+
+
+def _log_checkpoints(
+    config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: tracking.RunHandle
+) -> None:
+    logged_models.log(
+        handle,
+        logged_models.kept(outcome.state, checkpoint.bundles(place.bundles)),
+        {"method": config.method.name, "backbone": config.backbone.name},
+        {task.task.name: _digest(task, task.validation) for task in checked.data},
+    )
+
+
+def _register(config: RunConfig, place: RunFolder, say: Callable[[str], None]) -> None:
+    """Make the finished run the candidate of its model. A run that cannot be registered is a finished run still."""
+    given = config.tracking.register_model
+    # What MLflow takes in the name of a model is less than in that of an experiment.
+    name = given if isinstance(given, str) else re.sub("[/:]", "-", tracking.resolve_experiment(config.tracking))
+    try:
+        version = registry.register(place.folder, name, tracking.resolve_uri(config.tracking))
+    except PolypromptError as error:
+        say(
+            f"Run {place.name} has finished, but was not registered: {error} Mend it, then: "
+            f"python jobs/register.py {place.folder} --name {name!r}"
+        )
+    else:
+        say(f"{version.uri} is the candidate: models:/{version.name}@{registry.CANDIDATE}")
 
 
 def _leave(result: RunResult, place: RunFolder, handle: tracking.RunHandle | None) -> None:

@@ -171,4 +171,4 @@ def _siblings(loc: Sequence[Any]) -> list[str]:
                 a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
             ]
             model = nested[0] if nested else model
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from polyprompt import __version__, checkpoint, section, tracking
+from polyprompt import __version__, checkpoint, fingerprint, section, tracking
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.predictor import find_bundle
 from polyprompt.pyfunc import FIELDS
@@ -28,6 +28,8 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 ADDRESS = "models:/"
 #: Tags of a version: JSON, task → score and task → digest of its rows.
 SCORES, DATA = "polyprompt.scores", "polyprompt.data"
+#: The bundle's weights, and those of the bundles that tasks were added to on the way to it (JSON): sha256 each.
+WEIGHTS, ADDED_TO = "polyprompt.weights_sha256", "polyprompt.added_to"
 #: A champion may lose this much on a task's score by rounding alone.
 TOLERANCE = 1e-6
 
@@ -91,6 +93,8 @@ def register(run: Path, name: str, uri: str) -> Version:
         tags = {
             SCORES: json.dumps(scores),
             DATA: json.dumps({task: record["data"][task] for task in scores}),
+            WEIGHTS: bundle.weights,
+            ADDED_TO: json.dumps(bundle.state.get(fingerprint.KEPT, {}).get(fingerprint.OF, [])),
             "polyprompt.mean": f"{result.mean:.6f}",
             "polyprompt.backbone": str(bundle.backbone["name"]),
             "polyprompt.backbone_revision": str(bundle.backbone["revision"] or ""),
@@ -106,7 +110,7 @@ def register(run: Path, name: str, uri: str) -> Version:
                 step=int(result.best_step),
                 model_id=info.model_id,
                 dataset_name=task,
-                dataset_digest=record["data"][task],
+                dataset_digest=f"{record['data'][task]}-validation"[: tracking.MAX_DIGEST_CHARACTERS],
             )
         client.set_registered_model_alias(name, CANDIDATE, version.number)
     return version
@@ -175,7 +179,12 @@ def fetch(version: Version, uri: str, folder: Path) -> Path:
 
 
 def _check_no_worse(name: str, new: Any, old: Any) -> None:
-    """Compare the mean score over the tasks that both were scored on, on the same rows. Raises ConfigError."""
+    """Compare the mean score over the tasks that both were scored on, on the same rows. Raises ConfigError.
+
+    A model that tasks were added to answers the old ones as before to the last bit, so there is nothing to compare.
+    """
+    if old.tags.get(WEIGHTS) in json.loads(new.tags.get(ADDED_TO, "[]")):
+        return
     new_scores, old_scores = json.loads(new.tags.get(SCORES, "{}")), json.loads(old.tags.get(SCORES, "{}"))
     new_data, old_data = json.loads(new.tags.get(DATA, "{}")), json.loads(old.tags.get(DATA, "{}"))
     lost = [task for task in old_scores if task not in new_scores]

@@ -21,15 +21,22 @@ BUNDLE_PROMPTS = ("method.prompt_GPH", "method.prompts_RPH", "method.prompt_PH")
 
 
 @torch.no_grad()
-def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Sequence[Task | TextTask]) -> None:
+def start(
+    config: MethodConfig, method: Method, backbone: Backbone, tasks: Sequence[Task | TextTask], first: int = 0
+) -> None:
     """Set the method's input prompts as `method.init` says, where that takes more than noise or the vocabulary.
 
-    Only at the start of a run: one that goes on has its prompts from its bundle.
+    first: the place of the first of these tasks among the method's; those before it have their prompts already, and
+    so have all where they are shared. Only at the start of a run: one that goes on has its prompts from its bundle.
     Raises ConfigError naming what does not fit, BundleError for a bundle that is damaged or of another backbone.
     """
     prompts_GPH = method.input_prompts()
     if prompts_GPH is None or not isinstance(config, PromptStartConfig):
         return
+    per_task = isinstance(config, TaskPromptConfig) and config.per_task
+    if first and not per_task:
+        return
+    prompts_GPH = prompts_GPH[first:]
     match config.init:
         case "labels":
             _labels(prompts_GPH, backbone, tasks)
@@ -37,7 +44,7 @@ def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Seque
             assert config.init_text is not None
             _texts(prompts_GPH, backbone, config.init_text)
         case "file":
-            own = [task.name for task in tasks] if isinstance(config, TaskPromptConfig) and config.per_task else None
+            own = [task.name for task in tasks] if per_task else None
             prompts_GPH.copy_(_read(config, tuple(prompts_GPH.shape), own, backbone.identity()))
 
 

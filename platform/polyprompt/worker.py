@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from polyprompt import checkpoint
+from polyprompt import checkpoint, fingerprint
 from polyprompt.batches import Batches
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData
@@ -93,12 +93,13 @@ class RunReporter:
         folder = self.job.bundles / checkpoint.folder_name(state.step)
         if self.workers.first:
             self._flush()
+            kept = {} if model.fingerprint is None else {fingerprint.KEPT: model.fingerprint}
             checkpoint.write(
                 self.job.bundles,
                 step=state.step,
                 tensors=model.trained_state(),
                 optimizer=optim.state_dict(),
-                state={"train": state.to_json(), "pending": self.tracker.pending()},
+                state={"train": state.to_json(), "pending": self.tracker.pending(), **kept},
                 config=self.job.config,
                 backbone=self.backbone,
                 commit=self.job.commit,

@@ -38,8 +38,9 @@ class Adapter(Method):
         self.layer_multiply_adds = len(PLACES[config.variant]) * 2 * dims.hidden * config.bottleneck
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
-        owner_B = task_B if self.config.per_task else torch.zeros_like(task_B)
-        return Prompts(adapters={name: stack(owner_B, x_BTH.dtype) for name, stack in self.stacks.items()})
+        # The sets of the batch alone: how many other tasks there are changes nothing.
+        task_G, owner_B = (task_B if self.config.per_task else torch.zeros_like(task_B)).unique(return_inverse=True)
+        return Prompts(adapters={name: stack(task_G, owner_B, x_BTH.dtype) for name, stack in self.stacks.items()})
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "adapter"
@@ -60,14 +61,14 @@ class StackAdapters(nn.Module):
         self.down_bias_LJGR = nn.Parameter(torch.zeros(*lead, bottleneck))
         self.up_bias_LJGH = nn.Parameter(torch.zeros(*lead, hidden))
 
-    def forward(self, owner_B: Tensor, dtype: torch.dtype) -> Adapters:
-        """Return the adapters of the rows. owner_B: each row's place among the sets."""
+    def forward(self, task_G: Tensor, owner_B: Tensor, dtype: torch.dtype) -> Adapters:
+        """Return the adapters of the rows. task_G: the sets of the batch; owner_B: each row's place among them."""
         return Adapters(
             places=PLACES[self.config.variant],
             activation=self.config.activation,
             owner_B=owner_B,
-            down_LJGHR=self.down_LJGHR.to(dtype),
-            down_bias_LJGR=self.down_bias_LJGR.to(dtype),
-            up_LJGRH=self.up_LJGRH.to(dtype),
-            up_bias_LJGH=self.up_bias_LJGH.to(dtype),
+            down_LJGHR=self.down_LJGHR.index_select(2, task_G).to(dtype),
+            down_bias_LJGR=self.down_bias_LJGR.index_select(2, task_G).to(dtype),
+            up_LJGRH=self.up_LJGRH.index_select(2, task_G).to(dtype),
+            up_bias_LJGH=self.up_bias_LJGH.index_select(2, task_G).to(dtype),
         )

@@ -39,16 +39,18 @@ class DePT(Method):
             self.up_GRH = nn.Parameter(torch.zeros(num_updates, config.rank, dims.hidden))
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
-        row_B = task_B if self.config.per_task else torch.zeros_like(task_B)
-        inputs_BPH = None if self.prompt_GPH is None else self.prompt_GPH[row_B].to(x_BTH.dtype)
-        return Prompts(inputs_BPH=inputs_BPH, embeddings_BTH=self._updated(x_BTH, row_B))
+        own_B = task_B if self.config.per_task else torch.zeros_like(task_B)
+        inputs_BPH = None if self.prompt_GPH is None else self.prompt_GPH[own_B].to(x_BTH.dtype)
+        return Prompts(inputs_BPH=inputs_BPH, embeddings_BTH=self._updated(x_BTH, own_B))
 
-    def _updated(self, x_BTH: Tensor, row_B: Tensor) -> Tensor | None:
+    def _updated(self, x_BTH: Tensor, own_B: Tensor) -> Tensor | None:
         if self.down_GSR is None:
             return None
-        update_GTH = self.down_GSR[:, : x_BTH.shape[1]] @ self.up_GRH
-        update_GTH = pad(update_GTH, (0, 0, 0, x_BTH.shape[1] - update_GTH.shape[1]))
-        return x_BTH + update_GTH[row_B].to(x_BTH.dtype)
+        # Of the tasks of the batch alone: how many others there are changes nothing.
+        task_U, row_B = own_B.unique(return_inverse=True)
+        update_UTH = self.down_GSR[task_U, : x_BTH.shape[1]] @ self.up_GRH[task_U]
+        update_UTH = pad(update_UTH, (0, 0, 0, x_BTH.shape[1] - update_UTH.shape[1]))
+        return x_BTH + update_UTH[row_B].to(x_BTH.dtype)
 
     def input_prompts(self) -> nn.Parameter | None:
         return self.prompt_GPH

@@ -45,11 +45,14 @@ class PTuning(Method):
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
         if self.tokens_GPH is None:
             return Prompts()
-        row_B = task_B if self.per_task else torch.zeros_like(task_B)
+        # The encoder runs for the tasks of the batch alone: how many others there are changes nothing.
+        task_U, row_B = (task_B if self.per_task else torch.zeros_like(task_B)).unique(return_inverse=True)
+        tokens_UPH = self.tokens_GPH[task_U]
         # A few tokens: fp32 costs nothing, and not every processor has a bf16 LSTM.
         with torch.autocast(x_BTH.device.type, enabled=False):
-            made_GPH = self.mlp(self.tokens_GPH if self.lstm is None else self.lstm(self.tokens_GPH)[0])
-        return Prompts(inputs_BPH=made_GPH[row_B].to(x_BTH.dtype))
+            # Contiguous: of another layout torch multiplies in another order once the weights are frozen.
+            made_UPH = self.mlp(tokens_UPH if self.lstm is None else self.lstm(tokens_UPH)[0].contiguous())
+        return Prompts(inputs_BPH=made_UPH[row_B].to(x_BTH.dtype))
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter == "tokens_GPH" else "hypernetwork"

@@ -38,10 +38,11 @@ class PrefixTuning(Method):
         self.task_aware = config.per_task and bool(made)
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
-        row_B = task_B if self.per_task else torch.zeros_like(task_B)
+        # The MLP runs for the tasks of the batch alone: how many others there are changes nothing.
+        task_U, row_B = (task_B if self.per_task else torch.zeros_like(task_B)).unique(return_inverse=True)
         return Prompts(
-            encoder=None if self.encoder is None else self.encoder(row_B, x_BTH.dtype),
-            decoder=None if self.decoder is None else self.decoder(row_B, x_BTH.dtype),
+            encoder=None if self.encoder is None else self.encoder(task_U, row_B, x_BTH.dtype),
+            decoder=None if self.decoder is None else self.decoder(task_U, row_B, x_BTH.dtype),
         )
 
     def group_of(self, parameter: str) -> ParameterGroup:
@@ -69,9 +70,10 @@ class StackPrefix(nn.Module):
                 nn.init.zeros_(layer.bias)
             self.mlp = nn.Sequential(into, nn.Tanh(), out)
 
-    def forward(self, row_B: Tensor, dtype: torch.dtype) -> KeyValues:
-        """Return keys and values for the rows. row_B: each row's place among the prefixes."""
-        made_GPW = self.prefix_GPW if self.mlp is None else self.mlp(self.prefix_GPW)
-        made_GPCLND = made_GPW.unflatten(-1, (2, self.stack.num_layers, self.stack.num_heads, self.stack.head_dim))
-        keys_LGNPD, values_LGNPD = made_GPCLND.permute(2, 3, 0, 4, 1, 5).to(dtype)
-        return KeyValues(keys_LGNPD.index_select(1, row_B), values_LGNPD.index_select(1, row_B))
+    def forward(self, task_U: Tensor, row_B: Tensor, dtype: torch.dtype) -> KeyValues:
+        """Return keys and values for the rows. task_U: the prefixes of the batch; row_B: each row's place in them."""
+        prefix_UPW = self.prefix_GPW[task_U]
+        made_UPW = prefix_UPW if self.mlp is None else self.mlp(prefix_UPW)
+        made_UPCLND = made_UPW.unflatten(-1, (2, self.stack.num_layers, self.stack.num_heads, self.stack.head_dim))
+        keys_LUNPD, values_LUNPD = made_UPCLND.permute(2, 3, 0, 4, 1, 5).to(dtype)
+        return KeyValues(keys_LUNPD.index_select(1, row_B), values_LUNPD.index_select(1, row_B))

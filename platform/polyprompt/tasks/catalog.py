@@ -25,12 +25,12 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def resolve(config: RunConfig) -> tuple[Task | TextTask, ...]:
-    """Return the config's tasks, in its order.
+    """Return the tasks that the config trains on, in its order.
 
     With `data.root`, catalogue tasks are read from its folders; generated and user tasks keep their own source.
     Raises ConfigError for an unknown name (with the nearest known ones), DataError for a missing folder or file.
     """
-    return tuple(_task(entry, config.data.root) for entry in config.tasks)
+    return tuple(_task(entry, config.data.root) for entry in config.trained_tasks)
 
 
 def forms(config: RunConfig) -> tuple[Task | None, ...]:
