@@ -7,12 +7,12 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python jobs/multitask.py jobs/recipes/embedded.yaml
 
-# The fast tests run beside those that start Ray, which mostly wait: one after the other takes a third longer.
+# Tests without Ray run beside those with it, which mostly wait: one after the other takes a third longer.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(ARGS) > .venv/fast_tests.log 2>&1 & fast=$$!; \
-	$(BIN)/python -m pytest -m "(ray or slow) and not gpu" $(ARGS); rest=$$?; \
-	wait $$fast; fast=$$?; cat .venv/fast_tests.log; \
-	test $$fast -eq 0 -a $$rest -eq 0
+	$(BIN)/python -m pytest -m "not ray and not gpu" $(ARGS) > .venv/other_tests.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -m "ray and not gpu" $(ARGS); ray=$$?; \
+	wait $$others; others=$$?; cat .venv/other_tests.log; \
+	test $$others -eq 0 -a $$ray -eq 0
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Every way to ask a trained model gives the same answers, whatever its method: in-process, a file, MLflow, an export.
+"""Every way to ask a trained model gives the same answers: in-process, a file, MLflow, an export, the endpoint.
 
 The rows are of all embedded tasks and, where they are there, three real ones.
 
@@ -18,6 +18,7 @@ import torch
 from conftest import SHARED_DATA
 from safetensors.torch import load_file
 from test_golden import METHODS
+from test_serving import client_of, put
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
@@ -30,6 +31,7 @@ from polyprompt.model import PromptedModel
 from polyprompt.plan import model_of
 from polyprompt.predictor import Prediction, Predictor
 from polyprompt.recipe import check
+from polyprompt.serving_limits import Limits
 from polyprompt.tasks import embedded
 from polyprompt.tasks.records import GeneratedSource
 
@@ -149,6 +151,15 @@ def test_a_model_of_mlflow(bundle: Path, rows: list[Table], answers: list[Predic
     )
     found = mlflow.pyfunc.load_model(str(folder)).predict(pd.DataFrame(rows)).to_dict("records")
     same([{**line, "choice_scores": json.loads(line["choice_scores"])} for line in found], answers)
+
+
+def test_the_endpoint(bundle: Path, rows: list[Table], answers: list[Prediction]) -> None:
+    """Its batches are what waits together: here the rows of one request, task by task as they come."""
+    with client_of(Limits()) as client:
+        put(client, "it", bundle)
+        found = client.post("/predict", json={"rows": rows})
+    assert found.status_code == 200, found.text
+    same(found.json()["answers"], answers)
 
 
 def test_what_is_folded(bundle: Path, rows: list[Table], answers: list[Prediction], tmp_path: Path) -> None:

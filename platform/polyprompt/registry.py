@@ -92,7 +92,8 @@ def register(run: Path, name: str, uri: str) -> Version:
         version = Version(name, str(info.registered_model_version))
         tags = {
             SCORES: json.dumps(scores),
-            DATA: json.dumps({task: record["data"][task] for task in scores}),
+            # Not "data": prompts of another length leave room for other inputs of the very same rows.
+            DATA: json.dumps({task: record["rows"][task] for task in scores}),
             WEIGHTS: bundle.weights,
             ADDED_TO: json.dumps(bundle.state.get(fingerprint.KEPT, {}).get(fingerprint.OF, [])),
             "polyprompt.mean": f"{result.mean:.6f}",

@@ -1,4 +1,4 @@
-"""A registered model behind MLflow's own server."""
+"""A registered model where nothing but the package is installed, and behind MLflow's own server."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from test_packaging import wheel_of
 from test_registry import in_store
 
 from polyprompt import registry
@@ -20,7 +21,7 @@ from polyprompt.predictor import Prediction, Predictor, find_bundle
 
 ROOT = Path(__file__).parents[1]
 NAME = "my-tasks"
-#: Starting a server on a machine that does much else.
+#: Starting a server, or the imports of a fresh environment, on a machine that does much else.
 PATIENCE_SECONDS = 300
 ROWS: list[dict[str, Any]] = [
     {"task": "my/larger", "text": "3 and 5"},
@@ -28,6 +29,14 @@ ROWS: list[dict[str, Any]] = [
     {"task": "embedded/similarity", "input": "similarity sentence1: a sentence2: b"},
     {"task": "nobody"},
 ]
+_PREDICT = """
+import json, sys
+import mlflow, pandas, polyprompt
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+found = model.predict(pandas.DataFrame(json.loads(sys.argv[3])))
+print("ANSWERS " + json.dumps({"file": polyprompt.__file__, "answers": found.to_dict("records")}))
+"""
 
 
 @pytest.fixture
@@ -52,6 +61,32 @@ def same(found: list[dict[str, Any]], run: Path) -> None:
         assert answer.error or line["score"] == pytest.approx(answer.score, abs=1e-5)
         assert json.loads(line["choice_scores"]) == pytest.approx(dict(answer.choice_scores), abs=1e-5)
     assert "'nobody' is not one of this model's" in found[-1]["error"]
+
+
+@pytest.mark.slow
+def test_it_answers_where_only_the_package_is_installed(registered: tuple[str, Path], tmp_path: Path) -> None:
+    uri, run = registered
+    python = tmp_path / "fresh" / "bin" / "python"
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    for command in (
+        [sys.executable, "-m", "venv", str(tmp_path / "fresh")],
+        [str(python), "-m", "pip", "install", "--quiet", *constraints, str(wheel_of(tmp_path / "build"))],
+    ):
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [str(python), "-c", _PREDICT, uri, f"models:/{NAME}@candidate", json.dumps(ROWS)],
+        cwd=tmp_path / "build",
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
+    told = json.loads(line.removeprefix("ANSWERS "))
+    assert Path(told["file"]).is_relative_to(tmp_path / "fresh")
+    same(told["answers"], run)
 
 
 @pytest.mark.slow
