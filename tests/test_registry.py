@@ -120,7 +120,7 @@ def test_scores_on_other_rows_do_not_compare(recorded: Path, uri: str, tmp_path:
     registry.promote(NAME, uri)
     other = scored(recorded, tmp_path / "other", 0.1)
     record = json.loads((other / RUN).read_text())
-    record["data"]["embedded/nli"] = "0" * 20
+    record["rows"]["embedded/nli"] = "0" * 20
     (other / RUN).write_text(json.dumps(record))
     registry.register(other, NAME, uri)
     with pytest.raises(ConfigError, match="not scored on the same rows of embedded/nli"):
