@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from polyprompt import command
-from polyprompt.config import RunConfig, TextTaskConfig
+from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError
+from polyprompt.task_configs import TextTaskConfig
 
 
 def check(config: RunConfig) -> None:

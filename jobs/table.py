@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import track
 
 from polyprompt import recipe
-from polyprompt.errors import ConfigError, PolypromptError, TrainingError
-from polyprompt.result import RunResult
+from polyprompt.command import exit_status
+from polyprompt.errors import ConfigError, TrainingError
+from polyprompt.result import RunResult, faults
 
 MULTITASK = Path(__file__).with_name("multitask.py")
 Results = dict[str, list[RunResult]]
@@ -45,8 +46,7 @@ def read(path: Path) -> Experiments:
     try:
         return Experiments.model_validate(recipe.read(path))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
-        raise ConfigError(f"{path}: {faults}") from None
+        raise ConfigError(f"{path}: {faults(error)}") from None
 
 
 def run(table: Experiments, overrides: Sequence[str], out: Path, at_once: int) -> Results:
@@ -94,12 +94,25 @@ def lines(results: Results) -> list[list[str]]:
     first = next(iter(results.values()))[0]
     tasks = list(first.eval)
     floors = [first.majority[task] for task in tasks]
-    body = [["", "mean", *(task.rpartition("/")[2] for task in tasks), "trained parameters", "steps", "s/step"]]
-    body.append(["majority", _spread([statistics.fmean(floors)]), *(_spread([floor]) for floor in floors), "", "", ""])
+    body = [
+        [
+            "",
+            "mean",
+            *(task.rpartition("/")[2] for task in tasks),
+            "trained parameters",
+            "steps",
+            "s/step",
+            "memory, MiB",
+        ]
+    ]
+    body.append(
+        ["majority", _spread([statistics.fmean(floors)]), *(_spread([floor]) for floor in floors), "", "", "", ""]
+    )
     for label, runs in results.items():
         scores = [_spread([run.eval[task]["score"] for run in runs]) for task in tasks]
         seconds = statistics.median(run.train_seconds / run.num_steps for run in runs)
         costs = [f"{runs[0].num_trained_parameters:,}", f"{runs[0].num_steps:,}", f"{seconds:.2f}"]
+        costs.append(f"{max(run.peak_memory_bytes for run in runs) / 2**20:,.0f}")
         body.append([label, _spread([run.mean for run in runs]), *scores, *costs])
     return body
 
@@ -121,21 +134,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, table.md and table.csv")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side (1)")
     options = parser.parse_intermixed_args()
-    try:
-        results = run(read(options.table), options.overrides, options.out, options.at_once)
-    except PolypromptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    body = lines(results)
-    text = markdown(body)
-    (options.out / "table.md").write_text(text)
-    with (options.out / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(body)
-    print(text)
-    return 0
+
+    def act() -> int:
+        body = lines(run(read(options.table), options.overrides, options.out, options.at_once))
+        text = markdown(body)
+        (options.out / "table.md").write_text(text)
+        with (options.out / "table.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(body)
+        print(text)
+        return 0
+
+    return exit_status(act, stopped="stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,49 @@ def small_run(tmp_path: Path, tiny_t5: Path, rows: dict[str, Path], monkeypatch:
     }
 
 
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
+    """The folder of a finished run on an own task, a choice task and a free-text one."""
+    from polyprompt.ray_train import run
+    from polyprompt.recipe import check
+
+    root = tmp_path_factory.mktemp("trained")
+    files = {}
+    for split, count in (("train", 40), ("validation", 12)):
+        pairs = [(a, b) for a in range(8) for b in range(8) if a != b][:count]
+        files[split] = root / f"{split}.jsonl"
+        files[split].write_text(
+            "".join(json.dumps({"text": f"{a} and {b}", "label": int(a > b)}) + "\n" for a, b in pairs)
+        )
+    table = {
+        "backbone": {"name": str(tiny_t5), "trainable": True},
+        "method": {"name": "hyperprompt", "encoder_length": 3, "decoder_length": 2, "reduction": 4},
+        "tasks": [
+            {
+                "name": "my/larger",
+                "files": {split: str(path) for split, path in files.items()},
+                "input": "compare: {text}",
+                "target": "label",
+                "labels": {0: "no", 1: "yes"},
+                "metrics": ["accuracy"],
+            },
+            "embedded/nli",
+            "embedded/similarity",
+        ],
+        "data": {
+            "max_input_tokens": 48,
+            "max_train_examples": 32,
+            "max_validation_examples": 12,
+            "cache_dir": str(root),
+        },
+        "train": {"max_steps": 4, "batch_size": 12, "num_shards": 2},
+        "tracking": {"enabled": False},
+    }
+    out = root / "run"
+    run(check(table), out=out, say=lambda line: None)
+    return out
+
+
 @pytest.fixture
 def books(tmp_path: Path) -> Path:
     """Twenty documents in one gzipped file."""
@@ -134,6 +177,26 @@ def text_run(small_run: dict[str, Any], books: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables made; migrating one takes seconds."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture
+def store(tmp_path: Path, migrated_db: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a store in the default place."""
+    shutil.copy(migrated_db, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(key, raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray on this machine for the whole session."""
     import ray
@@ -149,3 +212,11 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def shipped(ray_cluster: None, request: pytest.FixtureRequest) -> None:
+    """Send what the test's module defines to the workers by value: they have no tests folder."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(request.module)

@@ -16,8 +16,9 @@ TUNING = sorted((ROOT / "tuning").glob("*.py"))
 #: Who may import what: module → files of the package.
 ONLY = {
     "ray": {"ray_train.py"},
-    "mlflow": {"tracking.py", "study_tracking.py"},
+    "mlflow": {"tracking.py", "study_tracking.py", "registry.py"},
     "datasets": {"data.py"},
+    "peft": {"lora.py"},
     "transformers": {"backbone.py", "decoder_only.py", "prompted_attention.py", "optim.py"},
 }
 
@@ -63,7 +64,8 @@ def test_only_its_own_room_of_tuning_imports(module: str) -> None:
 def test_methods_are_pure_torch() -> None:
     allowed = {"torch", "polyprompt", "math", "dataclasses", "abc", "collections", "typing"}
     for file in (PACKAGE / "methods").glob("*.py"):
-        assert imports(file) <= allowed, file
+        own = {"peft"} if file.name == "lora.py" else set()
+        assert imports(file) <= allowed | own, file
 
 
 def test_files_stay_small_and_well_named() -> None:

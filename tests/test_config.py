@@ -40,6 +40,15 @@ def test_another_method_starts_a_fresh_table(tmp_path: Path) -> None:
     assert load([path], ["method.encoder_length=3"]).method.model_dump()["reduction"] == 8
 
 
+def test_another_method_keeps_the_rates_of_the_groups_that_it_has(tmp_path: Path) -> None:
+    rates = {"prompt": 0.3, "hypernetwork": 0.2, "backbone": 0.1}
+    path = recipe(tmp_path, method="hyperprompt", train={"max_steps": 3, "group_learning_rates": rates})
+    assert load([path], ["method.reduction=8"]).train.group_learning_rates == rates
+    changed = load([path], ["method=smop", "train.group_learning_rates.router=0.4"]).train
+    assert changed.group_learning_rates == {"prompt": 0.3, "backbone": 0.1, "router": 0.4}
+    assert changed.max_steps == 3
+
+
 def test_the_short_form_of_an_override_goes_with_its_keys(tmp_path: Path) -> None:
     path = recipe(tmp_path, method={"name": "hyperprompt", "reduction": 8})
     method = load([path], ["method=smop", "method.length=3"]).method.model_dump()
@@ -100,6 +109,7 @@ def test_a_user_task_as_in_the_readme(tmp_path: Path) -> None:
         ("train.precision=fp16", r"overflow fp16.*Use train\.precision=bf16"),
         ("method.top_k=9", r"method\.top_k=9 must be at most method\.num_prompts=4"),
         ("compute.num_workers=9", r"compute\.num_workers=9 must be at most train\.num_shards=4"),
+        ("train.scale_parameter=true", r"does nothing with train\.optimizer=adamw; set train\.optimizer=adafactor"),
         ("train.batch_size=2", r"train\.num_shards=4 must be at most train\.batch_size=2"),
         ("tasks=[a/b,a/b]", r"a/b listed more than once"),
         ("tasks=[]", r"^tasks: .*at least 1"),

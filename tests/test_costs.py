@@ -1,5 +1,6 @@
 """Costs: the closed form equals what torch counts."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyprompt.config import (
+    AdapterConfig,
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MethodConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -32,6 +36,10 @@ METHODS: list[MethodConfig] = [
     PTuningConfig(length=5),
     DePTConfig(length=5, rank=2),
     AttemptConfig(length=5, sources=[Path("absent")], bottleneck=6),
+    AdapterConfig(bottleneck=5),
+    HyperFormerConfig(reduction=4),
+    *([LoRAConfig(rank=3), LoRAConfig(rank=3, target_modules="all-linear")] if find_spec("peft") else []),
+    AdapterConfig(bottleneck=5, variant="pfeiffer", per_task=False),
 ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from polyprompt import backbone, methods
+from polyprompt import backbone, checkpoint, methods, pretrained
 from polyprompt.config import (
     BackboneConfig,
     FullConfig,
@@ -208,6 +208,16 @@ def test_the_end_of_an_input_is_read_as_a_newline(family: str) -> None:
 
 
 @torch.no_grad()
+@every_family
+def test_stored_in_bf16_it_is_transformers_own_in_bf16(family: str) -> None:
+    own = tiny.plain(family).from_pretrained(tiny.folder(family), dtype=torch.bfloat16).eval()
+    loaded = tiny.load(family, train=False, precision="bf16")
+    assert {name: b.dtype for name, b in loaded.model.named_buffers()} == {n: b.dtype for n, b in own.named_buffers()}
+    input_ids, position_ids = torch.tensor([[5, 9, 30, 7]]), torch.tensor([[1, 9, 22, tiny.LIMIT - 1]])
+    assert torch.equal(*(m(input_ids, position_ids=position_ids).logits for m in (loaded.model, own)))
+
+
+@torch.no_grad()
 def test_bos_goes_before_the_input_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.folder("llama"))
     tokenizer.bos_token = "w3"
@@ -233,6 +243,16 @@ def fails(path: Path | str, **keys: Any) -> str:
 def test_input_ends_that_do_not_fit_are_refused() -> None:
     assert "backbone.input_end='two words' is not one token" in fails(tiny.folder("gpt2"), input_end="two words")
     assert "backbone.input_end='.' is for decoder-only models" in fails(tiny.folder("t5"), input_end=".")
+    assert "backbone.input_end='strange' is not one token" in fails(tiny.folder("gpt2"), input_end="strange")
+
+
+def test_the_end_of_texts_may_be_the_input_end_though_it_stands_for_unknown_pieces_too(tmp_path: Path) -> None:
+    tiny.plain("gpt2").save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.folder("gpt2"))
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's own
+    tokenizer.save_pretrained(tmp_path)
+    config = BackboneConfig(name=str(tmp_path), input_end=tokenizer.eos_token)
+    assert backbone.load(config, train=False, precision="fp32", seed=0).end_id == tokenizer.eos_token_id
 
 
 def test_a_tokenizer_without_padding_gets_some_and_one_without_an_end_is_refused(tmp_path: Path) -> None:
@@ -316,8 +336,7 @@ def test_counted_operations_are_those_that_run(family: str) -> None:
     encoded, prompts = model._encode(ids, mask, torch.zeros(1, dtype=torch.long))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.backbone.logits(labels, encoded, prompts)
-    # The last target token is not read; rotations of queries and keys are left out of the formula.
-    assert counter.get_total_flops() == pytest.approx(inference_flops(model, 9, 4), rel=0.12)
+    assert counter.get_total_flops() == inference_flops(model, 9, 4)
 
 
 # Whole runs
@@ -361,6 +380,23 @@ def test_text_is_a_task_of_decoder_only_models_too(small_run: dict[str, Any], bo
         else:
             with pytest.raises(ConfigError, match=r"corpus/prefix: input_tokens=128 exceeds the 127 tokens"):
                 build(check(small_run))
+
+
+def test_a_pre_trained_one_is_described_as_what_it_is(
+    small_run: dict[str, Any], books: Path, byte_gpt2: Path, tmp_path: Path
+) -> None:
+    text = {"name": "corpus/prefix", "text": {"files": {"train": [str(books)]}}, "objective": "prefix_lm"}
+    small_run |= {"backbone": {"name": str(byte_gpt2)}, "method": "full", "tasks": [{**text, "input_tokens": 64}]}
+    small_run["train"] |= {"max_steps": 1}
+    config = check(small_run)
+    result = run(config, out=tmp_path / "out", say=lambda line: None)
+    folder = pretrained.export(config, result, tmp_path / "backbone")
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert "A decoder-only model of" in card
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    trained = checkpoint.read(Path(result.last_bundle)).tensors
+    assert all(torch.equal(weight, trained[f"backbone.model.{n}"]) for n, weight in model.named_parameters())
 
 
 def test_activations_are_counted_for_input_and_target_together(small_run: dict[str, Any], byte_gpt2: Path) -> None:
@@ -429,17 +465,12 @@ def test_smollm2_from_a_gguf_file_scores_real_rows(shared_data: Path, tmp_path: 
 
 CLAUSES: tuple[Callable[..., None], ...] = (
     test_methods.test_eval_is_deterministic,
-    test_methods.test_rows_are_independent_of_batch_mates,
-    test_methods.test_rows_are_independent_of_padding,
     test_methods.test_task_ids_matter_exactly_when_the_method_is_task_aware,
     test_methods.test_a_batch_without_a_task_gives_zero_gradients_not_none,
     test_methods.test_parameter_count_equals_the_formula,
-    test_methods.test_state_round_trip_gives_identical_predictions,
-    test_methods.test_gradient_checkpointing_changes_nothing,
-    test_methods.test_bf16_is_close_to_fp32,
 )
 CONFIGS = {
-    name: config.model_copy(update={"stacks": "decoder"}) if hasattr(config, "stacks") else config
+    name: tiny.fitting(config, "gpt2")
     for name, config in test_methods.CONFIGS.items()
     if getattr(config, "stacks", None) != "encoder"
 }
@@ -461,21 +492,6 @@ def family_of_the_contract(family: str, name: str, monkeypatch: pytest.MonkeyPat
 def test_the_contract(name: str, family: str) -> None:
     for clause in CLAUSES:
         clause(name)
-
-
-@every_method
-@every_family
-@pytest.mark.usefixtures("family_of_the_contract")
-def test_a_mixed_batch_equals_its_single_task_batches(name: str, family: str) -> None:
-    test_methods.test_a_mixed_batch_equals_its_single_task_batches(name, family)
-
-
-@every_method
-@two_families
-@pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.usefixtures("family_of_the_contract")
-def test_cached_generation_equals_uncached(name: str, family: str, num_beams: int) -> None:
-    test_methods.test_cached_generation_equals_uncached(name, num_beams)
 
 
 @pytest.mark.parametrize(("name", "train"), [(n, t) for n in CONFIGS for t in (True, False) if t or n != "full"])

@@ -25,6 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "dept": {"length": 3, "rank": 2, "max_positions": 16},
     "attempt": {"length": 3, "bottleneck": 4},
     "mpt": {"length": 3},
+    "adapter": {"bottleneck": 4, "init_std": 0.1},
+    "hyperformer": {"reduction": 4},
+    "lora": {"rank": 2},
 }
 
 

@@ -106,6 +106,24 @@ def test_the_curve_falls(small_run: Table, tmp_path: Path) -> None:
     assert curve[-1][1] < 0.7 * curve[0][1]
 
 
+def test_adafactor_steps_in_proportion_to_the_size_of_a_parameter() -> None:
+    def step(**options: Any) -> tuple[float, float]:
+        small, large = (torch.nn.Parameter(torch.full((4, 4), size)) for size in (0.01, 1.0))
+        config = check(
+            {"tasks": ["embedded/nli"], "train": {"optimizer": "adafactor", "learning_rate": 1e-2, **options}}
+        )
+        optim = Optim(config.train, {"backbone": [("small", small), ("large", large)]})
+        small.grad = large.grad = torch.full((4, 4), 0.1)
+        optim.step()
+        return 0.01 - small.mean().item(), 1 - large.mean().item()
+
+    small, large = step()
+    assert (small, large) == (pytest.approx(1e-2, rel=1e-3), pytest.approx(1e-2, rel=1e-3))
+    small, large = step(scale_parameter=True)
+    assert small == pytest.approx(1e-4, rel=1e-3)
+    assert large == pytest.approx(1e-2, rel=1e-3)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "inverse_sqrt"])
 def test_optimizers_and_schedules(small_run: Table, optimizer: str, schedule: str) -> None:

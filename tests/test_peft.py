@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from polyprompt.config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+from polyprompt.config import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from polyprompt.model import PromptedModel
 
 peft = pytest.importorskip("peft", reason="peft is not installed: it is in the dev extra")
@@ -77,7 +77,9 @@ def test_p_tuning(family: str, encoder: Any) -> None:
         task_type=KINDS[family], num_virtual_tokens=4, num_transformer_submodules=1, encoder_hidden_size=7,
         encoder_reparameterization_type=encoder.upper(), encoder_num_layers=2, encoder_dropout=0.0,
     )  # fmt: skip
-    table = {"length": 4, "per_task": False, "encoder": encoder, "encoder_hidden_size": 7, "lstm_layers": 2}
+    table = {"length": 4, "per_task": False, "encoder": encoder, "encoder_hidden_size": 7}
+    if encoder == "lstm":
+        table["lstm_layers"] = 2
     ours, theirs = tiny.model(PTuningConfig(**table), family), theirs_with(config, family)
     pairs: dict[str, tuple[str, Any]] = {
         key: (key.replace("mlp_head", "mlp").replace("lstm_head", "lstm"), same)
@@ -98,8 +100,10 @@ def test_prefix_tuning_of_a_decoder_only_model(reparameterisation: Any) -> None:
         lambda _, args, keys: (args, {**keys, "position_ids": torch.arange(keys["input_ids"].shape[1])[None]}),
         with_kwargs=True,
     )
-    table = {"stacks": "decoder", "decoder_length": 3, "per_task": False, "mlp_hidden_size": 7}
-    ours = tiny.model(PrefixTuningConfig(**table, reparameterisation=reparameterisation), "gpt2")
+    table = {"stacks": "decoder", "decoder_length": 3, "per_task": False}
+    if mlp:
+        table |= {"reparameterisation": "mlp", "mlp_hidden_size": 7}
+    ours = tiny.model(PrefixTuningConfig(**table), "gpt2")
 
     def layer_by_layer(made: Tensor) -> Tensor:
         """Ours has the keys of all layers, then the values; PEFT has keys and values layer by layer."""
@@ -118,3 +122,28 @@ def test_prefix_tuning_of_a_decoder_only_model(reparameterisation: Any) -> None:
         })  # fmt: skip
     else:
         compare(ours, theirs, "gpt2", {"embedding.weight": ("decoder.prefix_GPW", prefix)})
+
+
+@both_kinds
+def test_lora(family: str) -> None:
+    ours = tiny.model(LoRAConfig(rank=2, alpha=6), family)
+    theirs = theirs_with(peft.LoraConfig(task_type=KINDS[family], r=2, lora_alpha=6), family)
+    own = {name.replace("/", "."): layer for name, layer in ours.method.get_submodule("layers").named_children()}
+    pairs = []
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            module, part = name.removeprefix("base_model.model.").removesuffix(".default.weight").rsplit(".lora_")
+            pairs.append((own[module].down.weight if part == "A" else own[module].up.weight, parameter))
+    assert len(pairs) == 2 * len(own) == len(list(ours.method.parameters()))
+    with torch.no_grad():
+        for weight, parameter in pairs:
+            parameter.copy_(weight.normal_(0, 0.1))
+    loss = ours(*tiny.batch()).total / (tiny.batch()[2] != -100).sum()
+    expected = mean_loss(theirs, family)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    expected.backward()
+    for weight, parameter in pairs:
+        assert weight.grad is not None
+        assert parameter.grad.any()
+        torch.testing.assert_close(weight.grad, parameter.grad, atol=1e-6, rtol=1e-6)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -22,10 +23,18 @@ from polyprompt.result import RunResult
 from tuning.spaces import Params, Search
 from tuning.study import Change, SeedRun, Study, Trial
 from tuning.study_report import best_recipe, leaderboard
-from tuning.trial import STEP, PausedError, Report, TrainTrial, Trials, Values, metrics
+from tuning.trial import Trials, Values, metrics
+from tuning.work import STEP, PausedError, Report, TrainTrial
 
 Table = dict[str, Any]
 RATE = "train.learning_rate"
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """A trial tells its process of the study's tracking store; here that process goes on with other tests."""
+    with patch.dict(os.environ):
+        yield
 
 
 def changed() -> Study:
@@ -309,14 +318,6 @@ class Moving:
         change = Change(json.loads(there)["step"], source, before[number], params)
         self.trials._record(number, params, [*self.trials.changes(number), change])
         return change
-
-
-@pytest.fixture
-def shipped(ray_cluster: None) -> None:
-    """Send the stand-in to the workers by value: they have no tests folder."""
-    import ray.cloudpickle
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.mark.ray

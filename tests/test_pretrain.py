@@ -58,7 +58,15 @@ def test_the_job_leaves_a_backbone_that_everybody_can_load(short_run: Table, tmp
     )
     text = (folder / "README.md").read_text()
     loss = result.evaluations[-1]["tasks"]["corpus/spans"]["loss"]
-    for part in (f"{loss:.3f}", "books.txt.gz", "prefix lm", "5,760 tokens", "6 steps of 12 rows", "in bf16"):
+    for part in (
+        f"{loss:.3f}",
+        "| best unigram |",
+        "books.txt.gz",
+        "prefix lm",
+        "5,760 tokens",
+        "6 steps of 12 rows",
+        "in bf16",
+    ):
         assert part in text
     assert str(tmp_path) not in text
     again = job("recipe.yaml", "--out", "out", cwd=tmp_path)

@@ -171,6 +171,11 @@ def test_another_backbone_than_the_bundles_is_refused(small_run: Table, tmp_path
         ({"backbone": {"name": "/no/such/model"}}, ConfigError, "/no/such/model"),
         ({"method": {"name": "prompt_tuning", "length": 600}}, ConfigError, "exceed the limit"),
         ({"method": {"name": "hyperprompt", "reduction": 64}}, ConfigError, "method.reduction"),
+        (
+            {"method": "smop", "train": {"group_learning_rates": {"hypernetwork": 0.1}}},
+            ConfigError,
+            "hypernetwork is no group .*; its groups are prompt, router. Drop hypernetwork",
+        ),
     ],
 )
 def test_bad_input_ends_before_anything_is_written(

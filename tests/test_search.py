@@ -27,7 +27,8 @@ from tuning import schema
 from tuning.capacity import capacity
 from tuning.spaces import Params, Search
 from tuning.study import SeedRun, Study, Trial
-from tuning.trial import STEP, Report, Trials, Values, failure, metrics
+from tuning.trial import Trials, Values, metrics
+from tuning.work import STEP, Report, failure
 
 ROOT = Path(__file__).parents[1]
 Table = dict[str, Any]
@@ -166,14 +167,6 @@ def first_hit(configurations: list[Params]) -> int:
         if sum((float(params[k]) - best) ** 2 for k, best in OPTIMUM.items()) < 0.08**2:  # type: ignore[arg-type]
             return number
     return len(configurations) + 1
-
-
-@pytest.fixture
-def shipped(ray_cluster: None) -> None:
-    """Send the stand-in to the workers by value: they have no tests folder."""
-    import ray.cloudpickle
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.mark.ray

@@ -233,7 +233,7 @@ def test_the_grammar_text_is_plain_statements(folder: Path) -> None:
 
 
 def test_the_recipe_lists_tasks_that_are_made() -> None:
-    recipe = yaml.safe_load((ROOT / "jobs" / "recipes" / "embedded_skills.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((ROOT / "jobs" / "recipes" / "pretrain_embedded.yaml").read_text(encoding="utf-8"))
     listed = [task["name"] for task in recipe["tasks"] if task["name"].startswith("skills/")]
     assert listed
     assert {name.removeprefix("skills/") for name in listed} <= set(MAKERS)

@@ -1,10 +1,14 @@
 """Source prompts: bundles of prompt_tuning runs, checked before anything is trained, and a run on top of them."""
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from polyprompt import checkpoint
 from polyprompt.errors import BundleError, ConfigError
@@ -33,7 +37,37 @@ def test_every_prompt_of_every_bundle_is_a_source(one_task: dict[str, Any], tmp_
     assert torch.equal(model.method.get_buffer("sources_JPH"), expected)
     trained = checkpoint.read(finished(one_task, tmp_path / "attempt", **method)).tensors
     assert "method.prompt_GPH" in trained
-    assert "method.sources_JPH" not in trained
+    assert torch.equal(trained["method.sources_JPH"], expected)
+
+
+def test_a_run_goes_on_with_the_sources_it_was_begun_with(one_task: dict[str, Any], tmp_path: Path) -> None:
+    source = finished(one_task, tmp_path / "source", name="prompt_tuning", length=3)
+    table = {**one_task, "method": {"name": "attempt", "length": 3, "sources": [str(source)], "bottleneck": 4}}
+
+    def go(folder: str, max_steps: int) -> Mapping[str, Tensor]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        config = check({**table, "evaluate": {}, "train": {**table["train"], "max_steps": max_steps}})
+        job = Job(config, tmp_path / folder, handle=None)
+        return checkpoint.read(train(job, torch.device("cpu"), lambda metrics, bundle: None).last_bundle).tensors
+
+    unbroken = go("unbroken", 4)
+    go("stopped", 2)
+    shutil.rmtree(source)
+    other = {**one_task, "train": {**one_task["train"], "seed": 7}}
+    finished(other, tmp_path / "other", name="prompt_tuning", length=3)
+    shutil.copytree(tmp_path / "other" / "bundles" / source.name, source)
+    resumed = go("stopped", 4)
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
+
+
+def test_a_bundle_without_its_sources_is_refused(one_task: dict[str, Any], tmp_path: Path) -> None:
+    source = finished(one_task, tmp_path / "source", name="prompt_tuning", length=3)
+    table = {**one_task, "method": {"name": "attempt", "length": 3, "sources": [str(source)], "bottleneck": 4}}
+    bundle = checkpoint.read(finished(one_task, tmp_path / "attempt", **table["method"]))
+    old = replace(bundle, tensors={name: t for name, t in bundle.tensors.items() if "sources" not in name})
+    with pytest.raises(BundleError, match=r"lacks the source prompts it was trained with.*Start a new run"):
+        build(check(table), old)
 
 
 def test_sources_that_do_not_fit_are_refused_by_name(one_task: dict[str, Any], tmp_path: Path) -> None:

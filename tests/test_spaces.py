@@ -276,6 +276,8 @@ def test_another_method_starts_a_fresh_table() -> None:
     assert config.train.seed == 7
     assert config.train.group_learning_rates == {"prompt": 0.1}
     assert configure(base, {"method.encoder_length": 3}).method.reduction == 4  # type: ignore[union-attr]
+    base["train"] = {"group_learning_rates": {"prompt": 0.2, "hypernetwork": 0.3}}
+    assert configure(base, {"method.name": "smop"}).train.group_learning_rates == {"prompt": 0.2}
 
 
 def test_overrides_reach_the_run_and_the_search(tmp_path: Path) -> None:

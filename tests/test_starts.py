@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from polyprompt.errors import ConfigError
+from polyprompt.errors import BundleError, ConfigError
 from polyprompt.plan import build
 from polyprompt.recipe import check
 from polyprompt.worker import Job, train
@@ -122,6 +122,17 @@ def test_another_bundles_prompts_go_to_the_tasks_of_their_names(small_run: Table
         started({**small_run, "tasks": ["embedded/copa"]}, init="file", init_file=str(bundle))
 
 
+def test_the_prompt_of_a_bundle_of_one_task_starts_those_of_other_tasks(small_run: Table, tmp_path: Path) -> None:
+    """Prompt transfer: Vu et al. 2022, SPoT."""
+    first = {**small_run, "method": {"name": "prompt_tuning", "length": 6}, "evaluate": {}}
+    first |= {"tasks": small_run["tasks"][:1], "train": {**small_run["train"], "max_steps": 2}}
+    (tmp_path / "first").mkdir()
+    job = Job(check(first), tmp_path / "first", handle=None)
+    bundle = train(job, torch.device("cpu"), lambda metrics, folder: None).last_bundle
+    prompts, _ = started({**small_run, "tasks": small_run["tasks"][1:]}, init="file", init_file=str(bundle))
+    assert torch.equal(prompts, build_state(bundle).expand(2, 6, 32))
+
+
 def build_state(bundle: Path) -> Tensor:
     from polyprompt import checkpoint
 
@@ -140,3 +151,36 @@ def build_state(bundle: Path) -> Tensor:
 def test_a_start_that_does_not_fit_is_refused(method: Table, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check({"tasks": ["a/b"], "method": {"name": "prompt_tuning", **method}})
+
+
+def tuned(table: Table, folder: Path, max_steps: int = 2, **method: Any) -> Path:
+    """Train prompts of length 6, or go on where the folder's run was; return the last bundle."""
+    folder.mkdir(exist_ok=True)
+    own = {**table, "method": {"name": "prompt_tuning", "length": 6, **method}, "evaluate": {}}
+    own["train"] = {**table["train"], "max_steps": max_steps}
+    return train(Job(check(own), folder, handle=None), torch.device("cpu"), lambda metrics, bundle: None).last_bundle
+
+
+def test_prompts_of_another_backbone_are_refused(small_run: Table, tmp_path: Path) -> None:
+    small_run["tasks"] = small_run["tasks"][:1]
+    bundle = tuned(small_run, tmp_path / "first")
+    assert torch.equal(started(small_run, init="file", init_file=str(bundle))[0], build_state(bundle))
+    # As wide, of the same shape, but with other weights.
+    other = {**small_run, "backbone": {**small_run["backbone"], "init": "random"}}
+    with pytest.raises(BundleError, match=r"was trained on backbone .*; set backbone.name .* name another bundle"):
+        started(other, init="file", init_file=str(bundle))
+    together = {**small_run, "backbone": {**small_run["backbone"], "trainable": True}}
+    moved = tuned(together, tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"method.init_file: .* was trained together with its backbone"):
+        started(together, init="file", init_file=str(moved))
+
+
+def test_a_run_that_goes_on_needs_its_start_no_more(small_run: Table, tmp_path: Path) -> None:
+    small_run["tasks"] = small_run["tasks"][:1]
+    file = tmp_path / "start.safetensors"
+    save_file({"any": torch.randn(6, 32)}, file)
+    start = {"init": "file", "init_file": str(file)}
+    unbroken = build_state(tuned(small_run, tmp_path / "unbroken", 4, **start))
+    tuned(small_run, tmp_path / "stopped", 2, **start)
+    file.unlink()
+    assert torch.equal(build_state(tuned(small_run, tmp_path / "stopped", 4, **start)), unbroken)

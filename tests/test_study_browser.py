@@ -17,7 +17,7 @@ from urllib.error import URLError
 
 import pytest
 from matplotlib.image import imread
-from test_study_tracking import SCORES, close, migrated_db, searched, store
+from test_study_tracking import SCORES, close, searched
 
 from polyprompt.tracking import RunHandle
 from tuning.study import Study
@@ -30,9 +30,6 @@ pytestmark = [
 ]
 START_SECONDS, PAGE_MS = 500, 200_000
 SEARCHED = ["method.name", "train.learning_rate", "method.num_prompts", "method.length", "method.reduction"]
-
-
-__all__ = ["migrated_db", "store"]  # fixtures
 
 
 @pytest.fixture

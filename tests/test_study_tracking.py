@@ -29,21 +29,6 @@ PARAMS = [smop(1e-4, 2, 1), smop(3e-2, 10, 10), hyperprompt(1e-3, 4), hyperpromp
 SCORES = [0.7, 0.3, 0.9, 0.8]
 
 
-@pytest.fixture(scope="module")
-def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture
-def store(tmp_path: Path, migrated_db: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a store in the default place; migrating one takes seconds."""
-    shutil.copy(migrated_db, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def config_of(params: dict[str, Any]) -> RunConfig:
     table: dict[str, Any] = {"tasks": ["embedded/nli"]}
     for key, value in params.items():

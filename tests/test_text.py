@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,17 @@ def test_the_unigram_floor_is_the_entropy_of_the_targets(text_run: Table) -> Non
     floor = checked.majority["corpus/spans"]
     assert floor["loss"] == pytest.approx(expected)
     assert floor["score"] == pytest.approx(1 / floor["perplexity"])
+
+
+def test_a_unigram_model_of_other_counts_is_no_better_than_the_floor(text_run: Table) -> None:
+    checked = plan(check(text_run))
+    spans = next(task for task in checked.data if isinstance(task, TextData))
+    held_out, vocab_size = spans.validation, 500
+    assert held_out.unigram_loss(Counter(), vocab_size) == pytest.approx(math.log(vocab_size))
+    many = Counter({token: 10**9 * n for token, n in held_out.target_counts.items()})
+    assert held_out.unigram_loss(many, vocab_size) == pytest.approx(held_out.unigram_loss())
+    trained = held_out.unigram_loss(spans.train.target_counts, vocab_size)
+    assert held_out.unigram_loss() < trained < math.log(vocab_size)
 
 
 def test_text_that_is_only_evaluated_on_is_never_drawn(text_run: Table, books: Path) -> None:

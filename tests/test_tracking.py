@@ -33,24 +33,6 @@ from polyprompt.tracking import DataInput, RunHandle, finish, log_artifacts, mas
 PLATFORM = Path(tracking.__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables made; migrating one takes seconds."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture
-def store(tmp_path: Path, migrated_db: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a store in the default place."""
-    shutil.copy(migrated_db, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(key, raising=False)
-    return tmp_path
-
-
 def config(**tables: Any) -> RunConfig:
     return check({"tasks": ["embedded/nli"], "method": {"name": "smop"}, **tables})
 
@@ -220,6 +202,41 @@ def test_old_store_is_refused_not_migrated(store: Path) -> None:
         opened()
     with sqlite3.connect(store / "mlflow.db") as db:
         assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [("451aebb31d03",)]
+
+
+def test_a_run_that_could_not_be_described_is_not_left_behind(store: Path) -> None:
+    """Whoever tries again makes another one."""
+    opened()
+    with sqlite3.connect(store / "mlflow.db") as connection:
+        connection.execute("CREATE TRIGGER full BEFORE INSERT ON params BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+    with pytest.raises(TrackingError, match="disk full"):
+        opened()
+    assert len(MlflowClient(f"sqlite:///{store / 'mlflow.db'}").search_runs(["1"])) == 1
+
+
+START = """
+import sys
+from polyprompt.recipe import check
+from polyprompt.tasks.records import GeneratedSource
+from polyprompt.tracking import DataInput, open_run
+
+data = [DataInput("x/y", "train", "aa", 7, GeneratedSource(lambda split: iter(()), "1"), "train")]
+sys.stdin.readline()
+open_run(check({"tasks": ["embedded/nli"]}), name="one of many", tags={}, datasets=data)
+"""
+
+
+@pytest.mark.slow
+def test_runs_that_start_at_once_name_the_same_data(store: Path) -> None:
+    command = [sys.executable, "-c", START]
+    environment = {**os.environ, "PYTHONPATH": str(PLATFORM)}
+    runs = [subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) for _ in range(4)]
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write(b"now\n")
+        run.stdin.flush()
+    assert [run.wait() for run in runs] == [0] * 4
+    assert len(MlflowClient(f"sqlite:///{store / 'mlflow.db'}").search_runs(["1"])) == 4
 
 
 def test_creation_that_was_killed_half_way_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,21 +4,22 @@ import copy
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from tiny_batch import NUM_TASKS as NUM_TASKS
+from tiny_batch import VOCABULARY as VOCABULARY
+from tiny_batch import batch as batch
+from tiny_batch import rows as rows
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
 
 from polyprompt import backbone, methods
 from polyprompt.config import AttemptConfig, BackboneConfig, MethodConfig
 from polyprompt.methods.base import Dims, Method
 from polyprompt.model import PromptedModel
 
-VOCABULARY = 64
-NUM_TASKS = 3
 LIMIT = 40
 CLASSES = {
     "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration, {"n_positions": LIMIT}),
@@ -28,6 +29,11 @@ CLASSES = {
         {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
     "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration, {}),
+    "flan": (
+        transformers.T5Config,
+        transformers.T5ForConditionalGeneration,
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "n_positions": LIMIT},
+    ),
     "umt5": (transformers.UMT5Config, transformers.UMT5ForConditionalGeneration, {}),
 }
 FAMILIES = tuple(CLASSES)
@@ -101,7 +107,7 @@ def _t5_folder(family: str) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = model_class(config)
-        if family == "t5_v1_1":
+        if family in ("t5_v1_1", "flan"):
             model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 16))
         # A bias of 0.25 would hide mistakes in the bias behind rounding.
         for name, weight in model.named_parameters():
@@ -116,19 +122,28 @@ def _t5_folder(family: str) -> Path:
     return path
 
 
-def plain(family: str | None = None, attention: str = "sdpa") -> Any:
-    """Return transformers' own model of the folder, untouched by polyprompt."""
-    _, model_class, _ = (CLASSES | DECODER_CLASSES)[family or default_family]
+@functools.cache
+def _plain(family: str, attention: str) -> Any:
+    _, model_class, _ = (CLASSES | DECODER_CLASSES)[family]
     return model_class.from_pretrained(folder(family), attn_implementation=attention, dtype=torch.float32).eval()
 
 
+def plain(family: str | None = None, attention: str = "sdpa") -> Any:
+    """Return a fresh copy of transformers' own model of the folder, untouched by polyprompt."""
+    return copy.deepcopy(_plain(family or default_family, attention))
+
+
 @functools.cache
-def _loaded(family: str, train: bool, precision: Any, keys: tuple[tuple[str, Any], ...]) -> backbone.Backbone:
+def _loaded(
+    family: str, train: bool | Literal["layer_norms"], precision: Any, keys: tuple[tuple[str, Any], ...]
+) -> backbone.Backbone:
     config = BackboneConfig(name=str(folder(family)), **dict(keys))
     return backbone.load(config, train=train, precision=precision, seed=0)
 
 
-def load(family: str | None = None, *, train: bool = True, precision: Any = "fp32", **keys: Any) -> backbone.Backbone:
+def load(
+    family: str | None = None, *, train: bool | Literal["layer_norms"] = True, precision: Any = "fp32", **keys: Any
+) -> backbone.Backbone:
     """Return a fresh copy of the tiny backbone; the keys are those of BackboneConfig."""
     return copy.deepcopy(_loaded(family or default_family, train, precision, tuple(sorted(keys.items()))))
 
@@ -141,11 +156,21 @@ def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
     return methods.build(config, dims, seed=seed, sources_JPH=sources)
 
 
+def fitting(config: MethodConfig, family: str | None = None) -> MethodConfig:
+    """Return the config, with prompts of the decoder stack where it has both and the family no encoder."""
+    both = getattr(config, "stacks", None) == "both" and (family or default_family) in DECODERS
+    if not both:
+        return config
+    # The length of a stack that is left out must be its default.
+    unused = type(config).model_fields["encoder_length"].default
+    return config.model_copy(update={"stacks": "decoder", "encoder_length": unused})
+
+
 def model(
     config: MethodConfig,
     family: str | None = None,
     *,
-    train: bool = True,
+    train: bool | Literal["layer_norms"] = True,
     precision: Any = "fp32",
     seed: int = 0,
     **keys: Any,
@@ -153,22 +178,3 @@ def model(
     """Return a prompted model in eval mode with NUM_TASKS tasks."""
     loaded = load(family, train=train, precision=precision, **keys)
     return PromptedModel(loaded, build(config, loaded.dims(NUM_TASKS), seed=seed)).eval()
-
-
-def batch(num_rows: int = 6, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return input_ids_BT, mask_BT, labels_BS, task_B: rows of different length, every task in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(3, 60, (num_rows, 9), generator=generator)
-    labels = torch.randint(3, 60, (num_rows, 4), generator=generator)
-    mask = torch.ones_like(input_ids)
-    for row in range(num_rows):
-        mask[row, 9 - row % 5 :] = 0
-        end = 3 - row % 3
-        labels[row, end] = 1
-        labels[row, end + 1 :] = -100
-    input_ids[mask == 0] = 0
-    return input_ids, mask, labels, torch.arange(num_rows) % NUM_TASKS
-
-
-def rows(tensors: tuple[Tensor, ...], which: Any) -> tuple[Tensor, ...]:
-    return tuple(t[which] for t in tensors)

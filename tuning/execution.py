@@ -39,7 +39,8 @@ from tuning.sampler import Source
 from tuning.schema import AshaScheduler, MedianScheduler, PbtScheduler
 from tuning.spaces import Params, Search
 from tuning.study import Change, Objective, Trial
-from tuning.trial import STEP, Ended, PausedError, Report, Values, failure
+from tuning.trial import Ended, Values
+from tuning.work import STEP, PausedError, Report, failure
 
 LOGGER = logging.getLogger(__name__)
 OUTCOME, CAUSE, FINISHED, FAILED, INTERRUPTED = "outcome", "cause", "finished", "failed", "interrupted"
@@ -115,6 +116,9 @@ class TrialActor(tune.Trainable):
         if self.thread.ident is None:
             self.thread.start()
         result = self.results.get()
+        if "done" in result or UNTIL in result:
+            # Its last word. While the thread is still seen alive, cleanup would tell the trial's next start to stop.
+            self.thread.join()
         self.step_seen = max(self.step_seen, result.get(STEP, 0))
         if result.get("passing"):
             raise PassingError(result[CAUSE])
@@ -272,8 +276,8 @@ def execute(
         TUNE_DISABLE_SIGINT_HANDLER="1",
         RAY_AIR_NEW_OUTPUT="0",
     )
-    # The first warns of a busy machine every few seconds, the second misses files that nobody asked for.
-    for chatter in ("ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
+    # They name files that are deleted at once, warn of a busy machine, and miss files that nobody asked for.
+    for chatter in ("ray.tune.tune", "ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
     config = search.config
     unfinished = [(t.number, dict(t.params)) for t in known if t.state in ("running", "waiting")]

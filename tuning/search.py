@@ -6,10 +6,8 @@ A search recipe is a run recipe with a section `search` (docs/search.md). DIR ho
 best.yaml and the runs of all trials. Killed at any moment, it goes on with --resume.
 """
 
-import argparse
 import io
 import json
-import os
 import signal
 import sys
 import threading
@@ -27,8 +25,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from polyprompt import run_folder
-from polyprompt.errors import ConfigError, PolypromptError
+from polyprompt import command, run_folder
+from polyprompt.errors import ConfigError
+from polyprompt.result import write_whole
 from tuning import spaces
 from tuning.spaces import Search
 from tuning.study import FILE, Study, Trial
@@ -51,35 +50,26 @@ WIDTH = 160
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arguments", nargs="+", metavar="RECIPE.yaml | key.sub=value")
-    parser.add_argument("--out", type=Path, help="folder for everything (runs/<name>)")
+    parser = command.recipe_parser(__doc__, out="folder for everything (runs/<name>)")
     parser.add_argument("--resume", action="store_true", help="finish the search in --out")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show it, run nothing")
-    options = parser.parse_intermixed_args()
-    recipes = [Path(a) for a in options.arguments if "=" not in a]
-    if not recipes:
-        parser.error("name at least one recipe, for example tuning/recipes/embedded_smoke.yaml")
+    options, recipes, overrides = command.read_arguments(parser, "tuning/recipes/embedded_smoke.yaml")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file is read while the search runs
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    try:
-        search = spaces.load(recipes, [a for a in options.arguments if "=" in a])
+
+    def act() -> int:
+        search = spaces.load(recipes, overrides)
         folder = (options.out or Path("runs") / search.name).expanduser().absolute()
         if options.dry_run:
             dry_run(search, folder, resume=options.resume, console=console)
             return 0
         study, interrupted = run(search, folder, resume=options.resume, console=console)
-    except PolypromptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
-        return 130
-    if interrupted:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
-        return 130
-    return 0 if study.finished else 1
+        if interrupted:
+            print("interrupted; the same command with --resume goes on", file=sys.stderr)
+            return 130
+        return 0 if study.finished else 1
+
+    return command.exit_status(act, stopped="stopped; the same command with --resume goes on")
 
 
 def run(
@@ -158,9 +148,7 @@ def _search(
     score = search.score or search.objectives[0]
     trials = Trials(folder / TRIALS, search.name, search.base, config.seeds, score.metric)
     known = _known(trials)
-    draft = folder / f".{IDENTITY}.tmp"
-    draft.write_text(json.dumps(_identity(search), indent=1))
-    os.replace(draft, folder / IDENTITY)
+    write_whole(folder / IDENTITY, json.dumps(_identity(search), indent=1).encode())
     with ray_train.cluster(0, [Path(__file__).resolve().parent]), _interruptible() as ending:
         room = capacity(compute, execution.machines(), config.max_concurrent_trials)
         console.print(f"{search.name}: {room.text}", highlight=False, soft_wrap=True)
@@ -198,7 +186,7 @@ def _search(
 
 def _training(search: Search, trials: "Trials", parent: "RunHandle | None") -> "Stoppable":
     from polyprompt import tracking
-    from tuning.trial import TrainTrial
+    from tuning.work import TrainTrial
 
     experiment = tracking.resolve_experiment(search.run.tracking)
     return TrainTrial(trials, parent, experiment, changing=search.perturbation_steps is not None)

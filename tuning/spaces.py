@@ -194,13 +194,14 @@ class Search:
 def configure(
     base: Mapping[str, Any], params: Mapping[str, Scalar], *, seed: int | None = None, name: str | None = None
 ) -> RunConfig:
-    """Set dotted keys in a run recipe's table. Another method than the table's starts a fresh `method` table.
+    """Set dotted keys in a run recipe's table. Another method than the table's starts afresh (recipe.change_method).
 
     Raises ConfigError for what the run config refuses.
     """
     table = deepcopy(long_form(base))
     method = params.get("method.name")
     if method is not None and table.get("method", {}).get("name") != method:
+        recipe.change_method(table, str(method))
         table["method"] = {}
     elif any(key.startswith("method.") for key in params):
         table.setdefault("method", {"name": RunConfig.model_fields["method"].default.name})

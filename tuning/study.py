@@ -1,9 +1,7 @@
 """The plain record of a study: its trials, what they scored and cost, which is best. study.json is one of these."""
 
 import math
-import os
 import statistics
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from polyprompt.errors import DataError
+from polyprompt.result import faults, write_whole
 
 Scalar = bool | int | float | str | None
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -197,17 +196,7 @@ class Study:
 
     def write(self, path: Path) -> None:
         """Write the study as JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = TypeAdapter(Study).dump_json(self, indent=2)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data + b"\n")
-            os.chmod(draft, 0o644)  # mkstemp's 0600 would hide it from the rest of a team
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        write_whole(path, TypeAdapter(Study).dump_json(self, indent=2) + b"\n")
 
     @staticmethod
     def read(path: Path) -> "Study":
@@ -217,7 +206,6 @@ class Study:
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; a search writes it, see tuning/search.py") from None
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'file'}: {f['msg']}" for f in error.errors()[:5])
             raise DataError(
-                f"{path} is not a study of this version ({faults}); search again into another --out"
+                f"{path} is not a study of this version ({faults(error)}); search again into another --out"
             ) from None

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyprompt.config import TextConfig
 from polyprompt.errors import DataError
+from polyprompt.task_configs import TextConfig
 
 #: Share of a file's works, its last ones, that no skill task ever sees: what pre-training keeps back.
 HELD_OUT: float = TextConfig.model_fields["held_out"].default

@@ -6,21 +6,23 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from polyprompt import decoder_only, prompted_attention
+from polyprompt import adapted, decoder_only, prompted_attention
 from polyprompt.backbone_base import Backbone, Encoded, with_input_prompts
 from polyprompt.config import BackboneConfig
 from polyprompt.decoder_only import DecoderOnly
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
+from polyprompt.sampling import LogitsProcessor
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -70,6 +72,7 @@ class EncoderDecoder(Backbone):
         for stack in ("encoder", "decoder"):
             for layer, block in enumerate(getattr(model, stack).block):
                 block.layer[0].SelfAttention.prompt_spot = (stack, layer)
+                adapted.tag(stack, layer, block.layer[0].SelfAttention, block.layer[-1].DenseReluDense)
         config = model.config
         start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id
         model.generation_config = GenerationConfig(
@@ -123,7 +126,14 @@ class EncoderDecoder(Backbone):
         return self.decode(torch.cat([start_B1, targets_BS[:, :-1]], dim=1), encoded, prompts)
 
     def generate(
-        self, encoded: Encoded, prompts: Prompts, *, max_new_tokens: int, num_beams: int, use_cache: bool
+        self,
+        encoded: Encoded,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        num_beams: int,
+        use_cache: bool,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Tensor:
         """Return generated ids_BS, padded, without the start token."""
         ids_BS = self.model.generate(
@@ -134,14 +144,21 @@ class EncoderDecoder(Backbone):
             num_beams=num_beams,
             do_sample=False,
             use_cache=use_cache,
+            logits_processor=LogitsProcessorList(processors),
         )
         return ids_BS[:, 1:]
 
 
-def load(config: BackboneConfig, *, train: bool, precision: Literal["fp32", "bf16"], seed: int) -> Backbone:
+def load(
+    config: BackboneConfig,
+    *,
+    train: bool | Literal["layer_norms"],
+    precision: Literal["fp32", "bf16"],
+    seed: int,
+) -> Backbone:
     """Load the backbone on the CPU, in eval mode; the seed is for `init: random`.
 
-    A frozen backbone is stored in bf16 under that precision; a trained one stays fp32 and computes under autocast.
+    Frozen weights are stored in bf16 under that precision; trained ones stay fp32 and compute under autocast.
     Raises ConfigError naming the backbone, the cause and the mend.
     """
     prompted_attention.register()
@@ -175,9 +192,15 @@ def load(config: BackboneConfig, *, train: bool, precision: Literal["fp32", "bf1
         backbone = DecoderOnly(model, tokenizer, name=name, revision=revision, input_end=config.input_end)
     else:
         backbone = EncoderDecoder(model, tokenizer, name=name, revision=revision)
-    backbone.requires_grad_(train)
-    if precision == "bf16" and not train:
-        backbone.to(torch.bfloat16)
+    backbone.requires_grad_(train is True)
+    if train == "layer_norms":
+        for norm in backbone.layer_norms():
+            norm.requires_grad_()
+    if precision == "bf16" and train is not True:
+        # Not the buffers: rotary frequencies in bf16 would turn far tokens by the wrong angles.
+        for parameter in backbone.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone.eval()

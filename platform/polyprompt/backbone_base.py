@@ -6,6 +6,7 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.methods.base import Dims, Prompts
+from polyprompt.sampling import LogitsProcessor
 
 
 class Encoded(NamedTuple):
@@ -71,9 +73,16 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def generate(
-        self, encoded: Encoded, prompts: Prompts, *, max_new_tokens: int, num_beams: int, use_cache: bool
+        self,
+        encoded: Encoded,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        num_beams: int,
+        use_cache: bool,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Tensor:
-        """Return generated ids_BS, padded, the target alone."""
+        """Return the likeliest ids_BS, padded, the target alone. processors: what is done to the logits before."""
 
     def identity(self) -> dict[str, str | None]:
         """Return name, revision and sha256 of architecture, vocabulary and weights as they were loaded (in fp32)."""
@@ -88,6 +97,10 @@ class Backbone(nn.Module, ABC):
         """Return x_BTH."""
         return self.model.get_input_embeddings()(input_ids_BT)
 
+    def layer_norms(self) -> list[nn.Module]:
+        """Return the layer normalisations, of whatever kind."""
+        return [m for m in self.model.modules() if type(m).__name__.endswith(("LayerNorm", "RMSNorm"))]
+
     def ordinary_embeddings(self) -> Tensor:
         """Return the embeddings of the pieces that are no special tokens, in the order of their ids."""
         special = set(self.tokenizer.all_special_ids)
@@ -99,8 +112,15 @@ def with_input_prompts(x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> tupl
     """Return [input prompts ; x] and its mask."""
     if prompts.inputs_BPH is None:
         return x_BTH, mask_BT
-    mask_BP = mask_BT.new_ones(prompts.inputs_BPH.shape[:2]) if prompts.mask_BP is None else prompts.mask_BP
-    joined_BTH = torch.cat([prompts.inputs_BPH.to(x_BTH.dtype), x_BTH], dim=1)
+    inputs_BPH, mask_BP = prompts.inputs_BPH, prompts.mask_BP
+    if mask_BP is None:
+        mask_BP = mask_BT.new_ones(inputs_BPH.shape[:2])
+    else:
+        # What is absent stands first: the distance from the prompt to the input is that of a shorter prompt.
+        order_BP = mask_BP.argsort(dim=1, stable=True)
+        inputs_BPH = inputs_BPH.gather(1, order_BP[:, :, None].expand_as(inputs_BPH))
+        mask_BP = mask_BP.gather(1, order_BP)
+    joined_BTH = torch.cat([inputs_BPH.to(x_BTH.dtype), x_BTH], dim=1)
     return joined_BTH, torch.cat([mask_BP.to(mask_BT.dtype), mask_BT], dim=1)
 
 

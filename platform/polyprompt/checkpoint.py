@@ -1,6 +1,7 @@
 """The run bundle: a folder that explains itself and can be trusted or is refused by name.
 
-    adapter_model.safetensors   what was trained: the method, and the whole backbone where it was trained
+    adapter_model.safetensors   what was trained: the method, and the whole backbone where it was trained; and what the
+                                method was given: source prompts
     optimizer.pt                optimizer and schedule, read with weights_only=True
     state.json                  step, curves, best scores: everything else that makes the run go on exactly
     config.json                 the resolved RunConfig
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. tensors: name → what was trained (CPU). backbone: the identity it was trained on."""
+    """An opened bundle. tensors: name → PromptedModel.trained_state (CPU). backbone: the identity it was trained on."""
 
     folder: Path
     config: RunConfig
@@ -108,23 +109,50 @@ def read(folder: Path, *, backbone: Mapping[str, Any] | None = None) -> Bundle:
     of an unknown format, or was trained on another backbone.
     """
     manifest = verify(folder)
-    trained_on = manifest["backbone"]
-    if backbone is not None and trained_on["sha256"] != backbone["sha256"]:
-        raise BundleError(
-            f"bundle {folder} was trained on backbone {trained_on['name']!r} (sha256 {trained_on['sha256'][:12]}), "
-            f"not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set backbone.name to the former, or "
-            "start a new run under another name"
-        )
     try:
-        return Bundle(
+        bundle = Bundle(
             folder=folder,
             config=check(json.loads((folder / CONFIG).read_text())),
             state=json.loads((folder / STATE).read_text()),
             tensors=safetensors.torch.load_file(folder / TENSORS),
-            backbone=trained_on,
+            backbone=manifest["backbone"],
         )
     except (ConfigError, SafetensorError, ValueError) as error:
         raise BundleError(f"bundle {folder} was written by another version and cannot be read: {error}") from error
+    if backbone is not None:
+        check_backbone(bundle, backbone)
+    return bundle
+
+
+def newest(root: Path) -> Bundle | None:
+    """Open the newest undamaged bundle under root (see `newest_whole`)."""
+    folder = newest_whole(root)
+    return None if folder is None else read(folder)
+
+
+def check_prompts(bundle: Bundle, backbone: Mapping[str, Any], key: str) -> None:
+    """Refuse another run's prompts for a backbone that they were not trained on: in its space they would be noise.
+
+    key: of the config, which names the bundle. backbone: its identity as it was loaded. Raises BundleError or
+    ConfigError.
+    """
+    check_backbone(bundle, backbone)
+    if bundle.config.train_backbone:
+        raise ConfigError(
+            f"{key}: {bundle.folder} was trained together with its backbone, so its prompts do not fit the backbone as "
+            "it was; expected backbone.trainable=false there. Name a bundle of prompts that were trained alone"
+        )
+
+
+def check_backbone(bundle: Bundle, backbone: Mapping[str, Any]) -> None:
+    """Raise BundleError unless the bundle was trained on the backbone of this identity."""
+    trained_on = bundle.backbone
+    if trained_on["sha256"] != backbone["sha256"]:
+        raise BundleError(
+            f"bundle {bundle.folder} was trained on backbone {trained_on['name']!r} (sha256 "
+            f"{trained_on['sha256'][:12]}), not on {backbone['name']!r} (sha256 {backbone['sha256'][:12]}); set "
+            "backbone.name to the former, name another bundle, or start a new run under another name"
+        )
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -147,6 +175,17 @@ def verify(folder: Path) -> dict[str, Any]:
         if _sha256(file) != expected:
             raise BundleError(f"bundle {folder} is damaged: {name} does not match its sha256; {mend}")
     return manifest
+
+
+def without_optimizer(folder: Path, target: Path) -> Path:
+    """Copy a whole bundle, without what only training needs, to a new folder, and return that one."""
+    manifest = verify(folder)
+    target.mkdir(parents=True)
+    kept = {name: digest for name, digest in manifest["files"].items() if name != OPTIMIZER}
+    for name in kept:
+        shutil.copyfile(folder / name, target / name)
+    (target / MANIFEST).write_text(json.dumps({**manifest, "files": kept}, indent=1))
+    return target
 
 
 def bundles(root: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The command line that training jobs share: recipes, overrides, --out, --dry-run, and what a failure looks like."""
+"""The command line that jobs share: recipes, overrides, --out, --dry-run, and what a failure looks like."""
 
 import argparse
 import sys
@@ -17,26 +17,47 @@ def main(description: str | None, example: str, check: Callable[[RunConfig], Non
 
     example: a recipe to name in a usage error. check: raises ConfigError for a config that this job cannot take.
     """
+    parser = recipe_parser(description, out="folder for result.json, tables, plots and bundles (runs/<name>)")
+    options, recipes, overrides = read_arguments(parser, example)
+
+    def act() -> int:
+        config = load(recipes, overrides)
+        check(config)
+        # What follows imports torch and its kin, which takes seconds: a typing mistake is answered before.
+        (dry_run if options.dry_run else train)(config, options.out)
+        return 0
+
+    return exit_status(act, stopped="stopped; the same command goes on from the newest bundle")
+
+
+def recipe_parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
+    """Return a parser of recipes and overrides (`arguments`), --out and --dry-run. out: what --out is for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RECIPE.yaml | key.sub=value")
-    parser.add_argument("--out", type=Path, help="folder for result.json, tables, plots and bundles (runs/<name>)")
+    parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--dry-run", action="store_true", help="check everything, show it, train nothing")
+    return parser
+
+
+def read_arguments(parser: argparse.ArgumentParser, example: str) -> tuple[argparse.Namespace, list[Path], list[str]]:
+    """Return the options, the recipes and the overrides; without a recipe, exit naming the example."""
     options = parser.parse_intermixed_args()
     recipes = [Path(a) for a in options.arguments if "=" not in a]
     if not recipes:
         parser.error(f"name at least one recipe, for example {example}")
+    return options, recipes, [a for a in options.arguments if "=" in a]
+
+
+def exit_status(act: Callable[[], int], *, stopped: str) -> int:
+    """Return what `act` returns; 1 for an error of ours, which is shown; 130 for an interrupt, which says `stopped`."""
     try:
-        config = load(recipes, [a for a in options.arguments if "=" in a])
-        check(config)
-        # What follows imports torch and its kin, which takes seconds: a typing mistake is answered before.
-        (dry_run if options.dry_run else train)(config, options.out)
+        return act()
     except PolypromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the newest bundle", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
-    return 0
 
 
 def dry_run(config: RunConfig, out: Path | None) -> None:

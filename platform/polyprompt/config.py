@@ -1,4 +1,5 @@
-"""The run config: every key, its type, its range and its default are stated here, those of `method` in method_configs.
+"""The run config: every key, its type, its range and its default are stated here, or beside it: those of `method` in
+method_configs, those of `tasks` in task_configs.
 
 recipe.py reads one from YAML files and overrides. It is frozen, pickles, and round-trips through YAML.
 """
@@ -12,20 +13,21 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     AfterValidator,
-    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     model_validator,
 )
 
 from polyprompt.method_configs import (
+    AdapterConfig,
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MPTConfig,
     ParameterGroup,
     PrefixTuningConfig,
@@ -35,6 +37,7 @@ from polyprompt.method_configs import (
     SMoPConfig,
 )
 from polyprompt.section import AbsolutePath, Section
+from polyprompt.task_configs import TaskEntry
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -54,8 +57,8 @@ class BackboneConfig(Section):
     gguf_file: str | None = None
     #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
     init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too. None: as the method's paper does (full and the hyperprompts: yes; the rest: no).
-    trainable: bool | None = None
+    #: Train the backbone too, or its layer normalisations alone. None: full and the hyperprompts: yes; the rest: no.
+    trainable: bool | Literal["layer_norms"] | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -83,112 +86,15 @@ MethodConfig = Annotated[
     | PTuningConfig
     | DePTConfig
     | AttemptConfig
-    | MPTConfig,
+    | MPTConfig
+    | AdapterConfig
+    | HyperFormerConfig
+    | LoRAConfig,
     Field(discriminator="name"),
 ]
 METHOD_NAMES: tuple[str, ...] = tuple(
     get_args(c.model_fields["name"].annotation)[0] for c in get_args(get_args(MethodConfig)[0])
 )
-
-
-class HubConfig(Section):
-    """A hub data set: `splits` maps train, validation and test to the data set's own split names."""
-
-    path: str
-    config: str | None = None
-    revision: str | None = None
-    splits: dict[Literal["train", "validation", "test"], str] = {"train": "train", "validation": "validation"}
-
-
-class TaskConfig(Section):
-    """A user's own task. Exactly one of `files` and `hub`."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$")]
-    files: dict[Literal["train", "validation", "test"], AbsolutePath] | None = None
-    hub: HubConfig | None = None
-    #: Template of the model's input; {field} stands for the row's field, {field.sub} for a nested one.
-    input: str
-    #: Template of the target, or the name of a field.
-    target: str
-    #: Maps values of the target to words.
-    labels: dict[str, str] | None = None
-    choices: list[str] | None = None
-    metrics: Annotated[list[str], Field(min_length=1)] = ["accuracy"]
-    weight: PositiveFloat = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _labels_are_text(cls, data: Any) -> Any:
-        """YAML reads `0:` as a number and `true` as a bool; a row's value is compared by its text."""
-        if not isinstance(data, Mapping):
-            return data
-        table = dict(data)
-        if isinstance(table.get("labels"), Mapping):
-            table["labels"] = {str(k): str(v) for k, v in table["labels"].items()}
-        if isinstance(table.get("choices"), list):
-            table["choices"] = [str(c) for c in table["choices"]]
-        return table
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "TaskConfig":
-        if (self.files is None) == (self.hub is None):
-            raise ValueError("give exactly one of `files` and `hub`")
-        return self
-
-
-class TextConfig(Section):
-    """Where plain text comes from: `files` for each split, or a hub data set. Exactly one of the two.
-
-    .txt and .txt.gz: an empty line ends a document. .jsonl, .jsonl.gz, .parquet and hub: `field` of a row is one.
-    """
-
-    files: dict[Literal["train", "validation"], Annotated[list[AbsolutePath], Field(min_length=1)]] | None = None
-    hub: HubConfig | None = None
-    field: str = "text"
-    #: Share of each training file's documents, its last ones, kept for validation where no validation file is given.
-    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "TextConfig":
-        if (self.files is None) == (self.hub is None):
-            raise ValueError("give exactly one of `files` and `hub`")
-        if self.files is not None and not self.files:
-            raise ValueError("files: give train, validation, or both")
-        return self
-
-
-class TextTaskConfig(Section):
-    """Plain text as a task: the model learns to fill in or to go on (Raffel et al. 2020, Lester et al. 2021).
-
-    With validation files alone it is only evaluated on.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$")]
-    text: TextConfig
-    #: span_corruption: spans are cut out and written down behind sentinels. prefix_lm: the text goes on.
-    objective: Literal["span_corruption", "prefix_lm"] = "span_corruption"
-    #: Tokens of an input, all of them used. None: data.max_input_tokens, else the model's own limit.
-    input_tokens: Annotated[int, Field(ge=8)] | None = None
-    noise_density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    mean_span_length: Annotated[float, Field(ge=1.0)] = 3.0
-    weight: PositiveFloat = 1.0
-
-    @property
-    def is_trained(self) -> bool:
-        return self.text.hub is not None or "train" in (self.text.files or {})
-
-
-def _kind_of_task(entry: Any) -> str:
-    if isinstance(entry, str):
-        return "name"
-    is_text = isinstance(entry, TextTaskConfig) or (isinstance(entry, Mapping) and "text" in entry)
-    return "text" if is_text else "task"
-
-
-TaskEntry = Annotated[
-    Annotated[str, Tag("name")] | Annotated[TaskConfig, Tag("task")] | Annotated[TextTaskConfig, Tag("text")],
-    Discriminator(_kind_of_task),
-]
 
 
 class DataConfig(Section):
@@ -215,7 +121,7 @@ class MixtureConfig(Section):
     temperature: Annotated[float, Field(ge=1.0)] = 1.0
     #: Artificial limit on the examples of a task (T5's K). None: no limit.
     cap: PositiveInt | None = None
-    #: task name → weight, for tasks that do not state their own. 1 for the rest.
+    #: task name → weight, in place of the one that the task states itself, which is 1 where nothing is said.
     weights: dict[str, PositiveFloat] = {}
 
 
@@ -233,6 +139,9 @@ class TrainConfig(Section):
     #: Learning rates of parameter groups that differ from `learning_rate`.
     group_learning_rates: dict[ParameterGroup, PositiveFloat] = {}
     optimizer: Literal["adamw", "adafactor"] = "adamw"
+    #: Adafactor's steps are multiplied by the size of each parameter (its root mean square, at least 1e-3), as in T5's
+    #: own training: T5's weights differ in size a hundredfold, and one step size for all of them saturates attention.
+    scale_parameter: bool = False
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
@@ -260,7 +169,12 @@ class TrainConfig(Section):
         return data
 
     @model_validator(mode="after")
-    def _shards_fit(self) -> "TrainConfig":
+    def _fits(self) -> "TrainConfig":
+        if self.scale_parameter and self.optimizer != "adafactor":
+            raise ValueError(
+                f"train.scale_parameter is an option of Adafactor and does nothing with train.optimizer="
+                f"{self.optimizer}; set train.optimizer=adafactor, or leave it out"
+            )
         if self.num_shards > self.batch_size:
             raise ValueError(
                 f"train.num_shards={self.num_shards} must be at most train.batch_size={self.batch_size}: "
@@ -364,8 +278,8 @@ class RunConfig(Section):
         return [t if isinstance(t, str) else t.name for t in self.tasks]
 
     @property
-    def train_backbone(self) -> bool:
-        """Is the backbone trained? As set, or as the method's paper does."""
+    def train_backbone(self) -> bool | Literal["layer_norms"]:
+        """Is the backbone trained, or its layer normalisations alone? As set, or as the method does by default."""
         if self.backbone.trainable is not None:
             return self.backbone.trainable
         return self.method.name in ("full", "hyperprompt", "routed_hyperprompt")

@@ -2,16 +2,19 @@
 
 Letters: T input tokens with the input prompt, S target tokens, P prompt keys of a self-attention layer, H hidden size,
 A = heads times head size, F feed-forward size, V vocabulary, L layers, R routed prompts. f = 3 matrices in a gated
-feed-forward block, else 2. In multiply-adds:
+feed-forward block, else 2, and f·H·F has Method.layer_multiply_adds (adapters) added. In multiply-adds:
 
     encoder layer  4·H·A·T + 2·A·T·(T + P) + f·H·F·T
     decoder layer  4·H·A·S + 2·A·S·(S + P) + 2·H·A·S + 2·H·A·T + 2·A·S·T + f·H·F·S
     total          L_enc · encoder layer + L_dec · decoder layer + H·V·S + H·R + Method.row_multiply_adds
 
-A decoder-only model has one sequence of T + S tokens; with grouped-query attention its keys and values have a smaller
-A', heads of keys times head size:
+A decoder-only model has one sequence of X = T + S - 1 tokens, <bos> too where there is one: the last target is not
+read. With grouped-query attention its keys and values have a smaller A', heads of keys times head size:
 
-    layer          (2·H·A + 2·H·A' + f·H·F)·(T + S) + 2·A·(T + S)·(T + S + P)
+    layer          (2·H·A + 2·H·A' + f·H·F)·X + 2·A·X·(X + P)
+
+LoRA adds rank times (inputs + outputs) of a map for each token that the map reads; it is counted as it is trained,
+beside the map, though it could be merged into it.
 
 One multiply-add is two operations. Norms, activations, softmax and embedding look-ups are left out, and so are
 hypernetworks: what they make depends on the task alone, so it is computed once, not for each prediction.
@@ -40,23 +43,33 @@ def _encoder_decoder(model: PromptedModel, inputs: int, targets: int, lengths: M
     hidden, inner = config.d_model, config.num_heads * config.d_kv
     projection = hidden * inner
     feed_forward = (3 if "gated" in config.feed_forward_proj else 2) * hidden * config.d_ff
+    feed_forward += model.method.layer_multiply_adds
     encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + feed_forward)
     own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + feed_forward)
     cross = 2 * projection * (targets + inputs) + 2 * inner * targets * inputs
-    return config.num_layers * encoder + config.num_decoder_layers * (own + cross)
+    # Cross-attention makes its keys and values of the input.
+    of_input = ("EncDecAttention.k", "EncDecAttention.v")
+    joined = sum(
+        cost * (inputs if name.startswith("encoder.") or name.endswith(of_input) else targets)
+        for name, cost in model.method.module_multiply_adds().items()
+    )
+    return config.num_layers * encoder + config.num_decoder_layers * (own + cross) + joined
 
 
 def _decoder_only(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:
     """Return the multiply-adds of all layers."""
     config, stack = model.backbone.model.config, model.backbone.dims(1).decoder
-    hidden, tokens = config.hidden_size, inputs + targets
+    # What is reserved beside no target is <bos>.
+    hidden, tokens = config.hidden_size, inputs + targets - 1 + model.backbone.reserved_tokens(0)
     inner, narrow = (n * stack.head_dim for n in (model.backbone.num_query_heads, stack.num_heads))
     if config.model_type == "gpt2":
         feed_forward = 2 * hidden * (config.n_inner or 4 * hidden)
     else:
         feed_forward = 3 * hidden * config.intermediate_size
+    feed_forward += model.method.layer_multiply_adds
     attention = 2 * inner * (tokens + lengths.get("method.decoder_length", 0))
-    return stack.num_layers * tokens * (2 * hidden * (inner + narrow) + attention + feed_forward)
+    layer = 2 * hidden * (inner + narrow) + attention + feed_forward
+    return tokens * (stack.num_layers * layer + sum(model.method.module_multiply_adds().values()))
 
 
 def median_lengths(data: Sequence[AnyData]) -> tuple[int, int]:

@@ -307,12 +307,19 @@ def text_metrics(loss: float) -> dict[str, float]:
 
 def read_examples(task: Task, split: str) -> Iterator[tuple[sources.Origin, Example]]:
     """Yield the examples of a split with the origin of their row. Raises DataError naming file, line and field."""
+    for origin, _, examples in read_rows(task, split):
+        for example in examples:
+            yield origin, example
+
+
+def read_rows(task: Task, split: str) -> Iterator[tuple[sources.Origin, Row, list[Example]]]:
+    """Yield the rows of a split, each with its origin and its examples. Raises DataError as `read_examples` does."""
     for origin, row in _rows(task, split):
         try:
-            for example in task.examples(row, split):
-                yield origin, example if example.choices else replace(example, choices=task.choices)
+            made = [e if e.choices else replace(e, choices=task.choices) for e in task.examples(row, split)]
         except DataError as error:
             raise DataError(f"{task.name}: {origin}: {error}") from error
+        yield origin, row, made
 
 
 def _rows(task: Task, split: str) -> Iterator[tuple[sources.Origin, Row]]:

@@ -10,16 +10,19 @@ Input prompts take the first positions, as in PEFT's prompt tuning; prompt keys 
 Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
+from polyprompt import adapted
 from polyprompt.backbone_base import Backbone, Encoded, with_input_prompts
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
+from polyprompt.sampling import LogitsProcessor
 
 #: What stands between input and target, unless `backbone.input_end` says otherwise.
 INPUT_END = "\n"
@@ -108,6 +111,7 @@ class DecoderOnly(Backbone):
         for layer, block in enumerate(blocks):
             attention = block.attn if model.config.model_type == "gpt2" else block.self_attn
             attention.prompt_spot = ("decoder", layer)
+            adapted.tag("decoder", layer, attention, block.mlp)
         model.generation_config = GenerationConfig(
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
         )
@@ -160,7 +164,14 @@ class DecoderOnly(Backbone):
         ).logits
 
     def generate(
-        self, encoded: Encoded, prompts: Prompts, *, max_new_tokens: int, num_beams: int, use_cache: bool
+        self,
+        encoded: Encoded,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        num_beams: int,
+        use_cache: bool,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Tensor:
         return self.model.generate(
             inputs_embeds=encoded.hidden_BTH,
@@ -170,6 +181,7 @@ class DecoderOnly(Backbone):
             num_beams=num_beams,
             do_sample=False,
             use_cache=use_cache,
+            logits_processor=LogitsProcessorList(processors),
         )
 
 
@@ -177,7 +189,9 @@ def _input_end(tokenizer: Any, name: str, text: str) -> int:
     """Return the one token that the text adds behind another."""
     before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in ("x", "x" + text))
     added = after[len(before) :]
-    if after[: len(before)] != before or len(added) != 1 or added[0] == tokenizer.unk_token_id:
+    # GPT-2's unknown piece is its end of texts, which may be asked for by its name.
+    unknown = [tokenizer.unk_token_id] if text != tokenizer.unk_token else []
+    if after[: len(before)] != before or len(added) != 1 or added[0] in unknown:
         raise ConfigError(
             f"backbone.input_end={text!r} is not one token of backbone.name={name}: it becomes "
             f"{tokenizer.convert_ids_to_tokens(added)}. Choose a text that is, such as {tokenizer.eos_token!r}"

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from polyprompt.backbone_base import Backbone, Encoded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
-from polyprompt.methods.base import KeyValues, Method, ParameterGroup, Prompts
+from polyprompt.methods.base import Method, ParameterGroup, Prompts
+from polyprompt.sampling import Sampling
 from polyprompt.tasks.records import TextTask
 
 #: Label of a target position that has no loss.
@@ -52,8 +53,10 @@ class PromptedModel(nn.Module):
     def __init__(self, backbone: Backbone, method: Method) -> None:
         """Join the two; a method that starts from the vocabulary is given it here."""
         super().__init__()
-        self.backbone = backbone
+        # First: a module that both hold is named, and counted, as the method's.
         self.method = method
+        self.backbone = backbone
+        method.join(backbone.model)
         method.initialise(backbone.ordinary_embeddings())
 
     def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Loss:
@@ -74,11 +77,22 @@ class PromptedModel(nn.Module):
         max_new_tokens: int,
         num_beams: int = 1,
         use_cache: bool = True,
+        sampling: Sampling | None = None,
     ) -> Tensor:
-        """Return ids_BS by greedy or beam search, padded, without the start token. Call in eval mode."""
+        """Return ids_BS by greedy search, beam search or sampling, padded, without the start token. Call in eval mode.
+
+        A row depends on itself alone, and on its own seed where it is sampled: neither on its batch-mates nor on
+        torch's random stream. Raises ConfigError where sampling has another number of seeds, or beams.
+        """
+        processors = [] if sampling is None else sampling.processors(len(input_ids_BT), num_beams)
         encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
         return self.backbone.generate(
-            encoded, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, use_cache=use_cache
+            encoded,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            use_cache=use_cache,
+            processors=processors,
         )
 
     @torch.no_grad()
@@ -114,21 +128,28 @@ class PromptedModel(nn.Module):
             groups.setdefault(group, []).append((name, parameter))
         return groups
 
+    def undecayed(self) -> set[str]:
+        """Return the names of the parameters that weight decay spares beside those of one dimension."""
+        return {f"method.{name}" for name in self.method.undecayed}
+
     def num_parameters(self) -> Counts:
         return Counts(
             trained=sum(p.numel() for p in self._trained().values()),
             method=sum(p.numel() for p in self.method.parameters()),
-            backbone=sum(p.numel() for p in self.backbone.parameters()),
+            backbone=sum(p.numel() for name, p in self.named_parameters() if name.startswith("backbone.")),
         )
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by name ("method.…", "backbone.…"); tensors are shared with the model."""
-        return {name: parameter.detach() for name, parameter in self._trained().items()}
+        """Return what a bundle must hold, by name ("method.…", "backbone.…"); tensors are shared with the model.
+
+        What training changes, and what the method was given from outside: its buffers.
+        """
+        return {name: tensor.detach() for name, tensor in self._kept().items()}
 
     @torch.no_grad()
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set what training changes. Raises BundleError naming what is missing, unexpected or of another shape."""
-        own = self._trained()
+        """Set what `trained_state` returned. Raises BundleError naming what is missing, unexpected or misshapen."""
+        own = self._kept()
         faults = [f"missing {name}" for name in own if name not in state]
         faults += [f"unexpected {name}" for name in state if name not in own]
         faults += [
@@ -145,7 +166,14 @@ class PromptedModel(nn.Module):
             parameter.copy_(state[name])
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Return the trained parameters, the backbone's first."""
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return dict(sorted(trained, key=lambda pair: pair[0].startswith("method.")))
+
+    def _kept(self) -> dict[str, Tensor]:
+        state = self.method.state_dict(prefix="method.", keep_vars=True)
+        buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
+        return {**self._trained(), **buffers}
 
     def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
         x_BTH = self.backbone.embed(input_ids_BT)
@@ -217,7 +245,8 @@ def check_window(config: RunConfig, task: TextTask, backbone: Backbone, method: 
 
 
 def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:
-    if prompts.decoder is None:
-        return Prompts()
-    keys, values = prompts.decoder.keys_LBNPD, prompts.decoder.values_LBNPD
-    return Prompts(decoder=KeyValues(keys.index_select(1, row_C), values.index_select(1, row_C)))
+    made = prompts.decoder
+    return Prompts(
+        decoder=made and made.of_rows(row_C),
+        adapters={stack: own.of_rows(row_C) for stack, own in prompts.adapters.items() if stack == "decoder"},
+    )

@@ -1,6 +1,6 @@
 """The optimizer, its parameter groups and its learning-rate schedule, from the config."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,21 +18,28 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "inverse_sq
 class Optim:
     """An optimizer and its schedule, stepped and saved together."""
 
-    def __init__(self, config: TrainConfig, groups: Mapping[ParameterGroup, list[tuple[str, nn.Parameter]]]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        groups: Mapping[ParameterGroup, list[tuple[str, nn.Parameter]]],
+        undecayed: Collection[str] = (),
+    ) -> None:
         """groups: optimizer group (ParameterGroup) → named parameters. Empty ones are left out.
 
-        Adafactor runs with relative_step and scale_parameter off, as in SMoP's and prompt tuning's published set-ups,
-        so the learning rate means what it says. Weight decay spares biases and layer norms (tensors of one dimension).
+        Adafactor (Shazeer & Stern 2018) takes its learning rate from the config, never from the step. Its
+        scale_parameter (section 8 there) is off as in SMoP's and prompt tuning's published set-ups; T5 was trained
+        with it. Weight decay spares biases and layer norms (tensors of one dimension)
+        and the parameters named `undecayed`.
         """
         self.config = config
         self.parameters = [parameter for members in groups.values() for _, parameter in members]
         tables = []
-        for name, members in groups.items():
-            rate = config.group_learning_rates.get(name, config.learning_rate)
+        for group, members in groups.items():
+            rate = config.group_learning_rates.get(group, config.learning_rate)
             for decay, kind in ((config.weight_decay, True), (0.0, False)):
-                parameters = [p for _, p in members if (p.ndim > 1) == kind]
+                parameters = [p for name, p in members if (p.ndim > 1 and name not in undecayed) == kind]
                 if parameters:
-                    tables.append({"params": parameters, "lr": rate, "weight_decay": decay, "group": name})
+                    tables.append({"params": parameters, "lr": rate, "weight_decay": decay, "group": group})
         self.optimizer = self._optimizer(tables)
         self.schedule: LambdaLR = get_scheduler(
             SCHEDULES[config.lr_scheduler_type],
@@ -43,7 +50,9 @@ class Optim:
 
     def _optimizer(self, tables: list[dict[str, Any]]) -> Optimizer:
         if self.config.optimizer == "adafactor":
-            return Adafactor(tables, scale_parameter=False, relative_step=False, warmup_init=False)
+            return Adafactor(
+                tables, scale_parameter=self.config.scale_parameter, relative_step=False, warmup_init=False
+            )
         return AdamW(tables, betas=(self.config.adam_beta1, self.config.adam_beta2), fused=True)
 
     def step(self) -> float:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import methods, source_prompts, starts
+from polyprompt import checkpoint, methods, source_prompts, starts
 from polyprompt.batches import task_weights
+from polyprompt.checkpoint import Bundle
 from polyprompt.config import RunConfig
 from polyprompt.costs import inference_flops, median_lengths
 from polyprompt.data import AnyData, majority, prepare
@@ -35,39 +36,67 @@ class Plan:
     majority: Mapping[str, Mapping[str, float]]
 
 
-def build(config: RunConfig) -> tuple[PromptedModel, Sequence[AnyData]]:
-    """Build the model (CPU, initial weights from the seed) and the tokenised data. The same on every process.
+def build(config: RunConfig, bundle: Bundle | None = None) -> tuple[PromptedModel, Sequence[AnyData]]:
+    """Build the model (CPU) and the tokenised data. The same on every process.
 
-    Raises ConfigError or DataError naming what does not fit. Data that is already in the cache is not read again.
+    bundle: of this run, to go on from: it holds all that the method was given and learned, so that no source or start
+    is read again. None: initial weights from the seed.
+    Raises ConfigError, DataError or BundleError naming what does not fit. Data in the cache is not read again.
     """
     tasks = catalog.resolve(config)
-    backbone = backbones.load(
-        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
-    )
-    method = methods.build(
-        config.method,
-        backbone.dims(len(tasks)),
-        seed=config.train.seed,
-        sources_JPH=source_prompts.read(config.method, backbone.identity()),
-    )
+    model = model_of(config, len(tasks), bundle)
+    backbone, method = model.backbone, model.method
     limit = input_limit(config, backbone, method)
     for task in tasks:
         if isinstance(task, TextTask):
             check_window(config, task, backbone, method)
-    model = PromptedModel(backbone, method)
-    starts.start(config.method, method, backbone, tasks)
+    if bundle is None:
+        starts.start(config.method, method, backbone, tasks)
     if not model.named_groups():
         raise ConfigError(
             f"nothing is trained: method.name={config.method.name} has no parameters at this length and the backbone "
             "is frozen. Raise the prompt's length, or set backbone.trainable=true"
         )
+    _check_groups(config, model)
     data = prepare(config, tasks, backbone.tokenizer, max_input_tokens=limit)
     return model, data
 
 
-def plan(config: RunConfig) -> Plan:
-    """Check everything that can be checked without training. Raises ConfigError or DataError."""
-    model, data = build(config)
+def _check_groups(config: RunConfig, model: PromptedModel) -> None:
+    groups = model.named_groups()
+    for stranger in config.train.group_learning_rates.keys() - groups.keys():
+        raise ConfigError(
+            f"train.group_learning_rates: {stranger} is no group of what method.name={config.method.name} trains here; "
+            f"its groups are {', '.join(groups)}. Drop {stranger}"
+            + (", or set backbone.trainable=true" if stranger == "backbone" else "")
+        )
+
+
+def model_of(config: RunConfig, num_tasks: int, bundle: Bundle | None = None) -> PromptedModel:
+    """Build the model (CPU), with what the bundle holds, or initial weights from the seed.
+
+    Raises ConfigError naming what does not fit, BundleError for a bundle of another backbone.
+    """
+    backbone = backbones.load(
+        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
+    )
+    if bundle is not None:
+        checkpoint.check_backbone(bundle, backbone.identity())
+    method = methods.build(
+        config.method,
+        backbone.dims(num_tasks),
+        seed=config.train.seed,
+        sources_JPH=source_prompts.read(config.method, backbone.identity(), bundle),
+    )
+    model = PromptedModel(backbone, method)
+    if bundle is not None:
+        model.load_trained_state(bundle.tensors)
+    return model
+
+
+def plan(config: RunConfig, bundle: Bundle | None = None) -> Plan:
+    """Check everything that can be checked without training. bundle, errors: as of `build`."""
+    model, data = build(config, bundle)
     counts = model.num_parameters()
     sizes = [len(task.train) for task in data]
     mixture = Mixture(rates(config.mixture, sizes, task_weights(config, data)), sizes, config.train.seed)

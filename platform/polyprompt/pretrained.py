@@ -2,20 +2,26 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from polyprompt import checkpoint
-from polyprompt.config import RunConfig, TextConfig, TextTaskConfig
+from polyprompt.backbone_base import Backbone
+from polyprompt.config import RunConfig
 from polyprompt.data import AnyData, TextData, majority
 from polyprompt.evaluate import evaluate
 from polyprompt.loop import Scores
 from polyprompt.plan import build
 from polyprompt.result import RunResult
+from polyprompt.task_configs import TextConfig, TextTaskConfig
+from polyprompt.text_store import TextSplit
 from polyprompt.workers import Workers
 
 #: Points of the loss curve in a card.
 CURVE_POINTS = 12
+#: Training rows that a unigram model is fitted to.
+UNIGRAM_ROWS = 20_000
 
 
 def export(config: RunConfig, result: RunResult, folder: Path) -> Path:
@@ -29,26 +35,35 @@ def export(config: RunConfig, result: RunResult, folder: Path) -> Path:
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     model.backbone.save(draft)
-    (draft / "README.md").write_text(card(config, result, data, before), encoding="utf-8")
+    (draft / "README.md").write_text(card(config, result, model.backbone, data, before), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(draft, folder)
     return folder
 
 
-def card(config: RunConfig, result: RunResult, data: Sequence[AnyData], before: Scores) -> str:
+def card(config: RunConfig, result: RunResult, backbone: Backbone, data: Sequence[AnyData], before: Scores) -> str:
     """Return the model card (Markdown): what it was trained on and how, its scores and its loss curve."""
-    parts = (_head(config, result), _corpus(config, result, data), _scores(result, data, before), _curve(result))
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    parts = (
+        _head(config, result, backbone),
+        _corpus(config, result, data),
+        _texts(result, data, before, len(backbone.tokenizer)),
+        _scores(result, data, before),
+        _curve(result),
+    )
+    return "\n\n".join(filter(None, ("\n".join(part) for part in parts))) + "\n"
 
 
-def _head(config: RunConfig, result: RunResult) -> Iterator[str]:
+def _head(config: RunConfig, result: RunResult, backbone: Backbone) -> Iterator[str]:
     train = config.train
+    kind, tag = "An encoder-decoder", "text2text-generation"
+    if backbone.dims(1).encoder is None:
+        kind, tag = "A decoder-only model", "text-generation"
     start = "untrained weights in the shape" if config.backbone.init == "random" else "the weights"
-    yield "---\nlibrary_name: transformers\npipeline_tag: text2text-generation\n---\n"
+    yield f"---\nlibrary_name: transformers\npipeline_tag: {tag}\n---\n"
     yield f"# {result.name}\n"
     yield (
-        f"An encoder-decoder of {result.num_backbone_parameters:,} parameters, trained by polyprompt's "
+        f"{kind} of {result.num_backbone_parameters:,} parameters, trained by polyprompt's "
         f"`jobs/pretrain.py` from {start} of `{Path(config.backbone.name).name}`: {result.num_steps:,} steps of "
         f"{train.batch_size} rows, {round(result.tokens_per_second * result.train_seconds / 1e6):,} million input "
         f"tokens, in {train.precision}; {train.optimizer}, learning rate {train.learning_rate:g} "
@@ -74,20 +89,47 @@ def _text(data: TextData, config: TextConfig) -> str:
     return f"{objective}; {data.train.num_tokens:,} tokens of {', '.join(f'`{name}`' for name in where)}"
 
 
-def _scores(result: RunResult, data: Sequence[AnyData], before: Scores) -> Iterator[str]:
+def _texts(result: RunResult, data: Sequence[AnyData], before: Scores, vocab_size: int) -> Iterator[str]:
+    texts = [task for task in data if isinstance(task, TextData)]
+    if not texts:
+        return
     last = result.evaluations[-1]["tasks"]
-    yield "## Losses and scores on held-out examples\n"
+    yield "## Losses on held-out text\n"
     yield (
-        "Of text: nats a target token, beside the best unigram model there can be (fitted to these very targets). Of "
-        "other tasks: the score, beside that of always saying the most frequent answer.\n"
+        "Nats a target token. Unigram: fitted to training targets, counts raised by one. Best unigram: fitted to these "
+        "very targets, so no unigram model comes below it.\n"
     )
-    yield "| task | measure | unigram or majority | before | after |"
+    yield "| text | unigram | best unigram | before | after |"
     yield "|---|---|---|---|---|"
-    for task in data:
+    for text in texts:
+        held_out, name = text.validation, text.task.name
+        sources = [text] if len(text.train) else [other for other in texts if len(other.train)]
+        fitted: Counter[int] = sum(
+            (TextSplit(s.train.folder, s.train.name, held_out.objective, UNIGRAM_ROWS).target_counts for s in sources),
+            Counter(),
+        )
+        values = (
+            held_out.unigram_loss(fitted, vocab_size),
+            held_out.unigram_loss(),
+            before[name]["loss"],
+            last[name]["loss"],
+        )
+        yield f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |"
+
+
+def _scores(result: RunResult, data: Sequence[AnyData], before: Scores) -> Iterator[str]:
+    tasks = [task for task in data if not isinstance(task, TextData)]
+    if not tasks:
+        return
+    last = result.evaluations[-1]["tasks"]
+    yield "## Scores on held-out examples\n"
+    yield "Majority: always the most frequent answer.\n"
+    yield "| task | majority | before | after |"
+    yield "|---|---|---|---|"
+    for task in tasks:
         name = task.task.name
-        measure = "loss" if isinstance(task, TextData) else "score"
-        values = (majority(task)[measure], before[name][measure], last[name][measure])
-        yield f"| {name} | {measure} | {' | '.join(f'{value:.3f}' for value in values)} |"
+        values = (majority(task)["score"], before[name]["score"], last[name]["score"])
+        yield f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |"
 
 
 def _curve(result: RunResult) -> Iterator[str]:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from polyprompt.methods.base import Prompts
+from polyprompt.methods.base import KeyValues, Prompts
 
 
 def attention_name(attention: str) -> str:
@@ -66,8 +66,10 @@ def prompted(wrapped: Callable) -> Callable:
             # transformers leaves the causal mask to sdpa's is_causal flag, which would hide prompt columns.
             causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BNQD.device)
             mask = causal.tril(num_keys - num_queries)[None, None]
+        if mask is None and made.mask_BP is not None:
+            mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query_BNQD.device)
         if mask is not None:
-            mask = pad(mask, (num_prompts, 0), value=True if mask.dtype == torch.bool else 0.0)
+            mask = _with_prompt_columns(mask, made, len(query_BNQD))
         if "position_bias" in kwargs:  # T5's kind
             kwargs["position_bias"] = pad(kwargs["position_bias"], (num_prompts, 0))
         return wrapped(
@@ -81,6 +83,17 @@ def prompted(wrapped: Callable) -> Callable:
         )
 
     return attend
+
+
+def _with_prompt_columns(mask: Tensor, made: KeyValues, num_rows: int) -> Tensor:
+    """Return the mask [rows, 1, Q, X], of bool or added to logits, with columns for the prompts in front."""
+    num_prompts, visible = made.keys_LBNPD.shape[3], mask.dtype == torch.bool
+    if made.mask_BP is None:
+        return pad(mask, (num_prompts, 0), value=True if visible else 0.0)
+    real_BP = made.mask_BP.bool().repeat_interleave(num_rows // len(made.mask_BP), dim=0)
+    columns = real_BP if visible else (~real_BP).to(mask.dtype) * torch.finfo(mask.dtype).min
+    columns = columns[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    return torch.cat([columns, mask.expand(num_rows, -1, -1, -1)], dim=3)
 
 
 def _for_rows(made_BNPD: Tensor, like_BNXD: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from polyprompt import checkpoint, report, run_folder, tracking
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, PolypromptError, StoppedError, TrainingError
 from polyprompt.plan import Plan, plan
-from polyprompt.result import RunResult
+from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
 from polyprompt.worker import LOG, PROGRESS, Job, Outcome, train
@@ -62,7 +62,7 @@ def run(
         return RunResult.read(place.result)
     if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
-    checked = plan(config)
+    checked = plan(config, checkpoint.newest(place.bundles))
     with run_folder.claim(place):
         return _run(config, place, checked, say, stop, tags or {})
 
@@ -79,7 +79,6 @@ def _run(
     run_folder.check_data(place, digests)
     newest = checkpoint.newest_whole(place.bundles)
     if newest is not None:
-        checkpoint.read(newest, backbone=checked.backbone)
         say(f"Run {place.name} goes on from {newest}")
     # Recorded before the tracking store is asked, so that a start which fails there can be repeated.
     run_id = place.record().get("run_id", "")
@@ -185,7 +184,7 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
     first = ray.train.get_context().get_world_rank() == 0
     job, group = settings["job"], ray.util.get_current_placement_group()
     if first and group is not None:
-        (job.folder / PLACEMENT).write_text(group.id.hex())
+        write_whole(job.folder / PLACEMENT, group.id.hex().encode())
 
     def announce(metrics: Mapping[str, float], bundle: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, TaskConfig, TextTaskConfig, long_form
+from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, long_form
 from polyprompt.errors import ConfigError, hint
+from polyprompt.task_configs import TaskConfig, TextTaskConfig
 
 
 def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
@@ -22,8 +23,8 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
 def merge(tables: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Merge tables left to right, then "key.sub=value" overrides, and resolve interpolations; nothing is checked.
 
-    Lists are replaced, tables are merged. A layer that names another method starts a fresh `method` table, because
-    the old method's keys do not fit it. Relative paths inside a recipe's task `files` belong to the working folder.
+    Lists are replaced, tables are merged. A layer that names another method starts afresh where the old method's keys
+    do not fit it (`change_method`). Relative paths inside a recipe's task `files` belong to the working folder.
     Raises ConfigError naming the key, the value and the nearest known name.
     """
     layers = [long_form(table) for table in tables]
@@ -39,7 +40,7 @@ def merge(tables: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) ->
     for layer in layers:
         old, new = merged.get("method"), layer.get("method")
         if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) != old.get("name"):
-            merged.pop("method")
+            change_method(merged, new["name"])
         try:
             merged = _table(OmegaConf.merge(merged, layer))
         except (OmegaConfBaseException, TypeError) as error:
@@ -48,6 +49,20 @@ def merge(tables: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) ->
         return _table(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe interpolation failed: {error}") from error
+
+
+def change_method(table: dict[str, Any], name: str) -> None:
+    """Take the old method's keys out of a table: `method`, and the learning rates of groups that the new one lacks."""
+    table.pop("method", None)
+    train, section = table.get("train"), _section_of(name)
+    if section and isinstance(train, dict) and isinstance(rates := train.get("group_learning_rates"), dict):
+        kept = {group: rate for group, rate in rates.items() if group in section.groups | {"backbone"}}
+        table["train"] = {**train, "group_learning_rates": kept}
+
+
+def _section_of(method: str) -> Any:
+    sections = get_args(get_args(MethodConfig)[0])
+    return next((section for section in sections if section.model_fields["name"].default == method), None)
 
 
 def check(data: Mapping[str, Any]) -> RunConfig:
@@ -146,7 +161,7 @@ def _siblings(loc: Sequence[Any]) -> list[str]:
         if model is RunConfig and part == "method":
             continue
         if part in METHOD_NAMES:
-            model = next(c for c in get_args(get_args(MethodConfig)[0]) if c.model_fields["name"].default == part)
+            model = _section_of(part)
         elif part in ("task", "text") and model is RunConfig:
             model = TaskConfig if part == "task" else TextTaskConfig
         elif isinstance(part, str) and part in getattr(model, "model_fields", {}):

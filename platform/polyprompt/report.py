@@ -86,13 +86,16 @@ def plots(result: RunResult, folder: Path) -> list[Path]:
 
 
 class Progress:
-    """Shows the step, loss, rate and time left: a bar in a terminal, else a plain line every `every_seconds`.
+    """Shows steps done, numbers and time left: a bar in a terminal, else a plain line every `every_seconds`.
 
     The time left is reckoned from the first update on, since a resumed run does not begin at 0. A context manager.
     """
 
-    def __init__(self, num_steps: int, *, console: Console | None = None, every_seconds: float = 10.0) -> None:
+    def __init__(
+        self, num_steps: int, *, what: str = "step", console: Console | None = None, every_seconds: float = 10.0
+    ) -> None:
         self._num_steps = num_steps
+        self._what = what
         self._first: tuple[int, float] | None = None
         self._console = console or Console()
         self._every_seconds = every_seconds
@@ -105,7 +108,7 @@ class Progress:
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Bar(*columns, TextColumn("{task.fields[numbers]}"), console=self._console)
-            self._bar_task = self._bar.add_task("train", total=self._num_steps, numbers="")
+            self._bar_task = self._bar.add_task(self._what, total=self._num_steps, numbers="")
             self._bar.start()
         return self
 
@@ -116,8 +119,11 @@ class Progress:
             self._print()
 
     def update(self, step: int, loss: float, examples_per_second: float) -> None:
-        """Show the state after a step."""
-        numbers = f"loss {loss:.4f}  {examples_per_second:.1f} examples/s"
+        """Show the state after a training step."""
+        self.show(step, f"loss {loss:.4f}  {examples_per_second:.1f} examples/s")
+
+    def show(self, step: int, numbers: str) -> None:
+        """Show how far the work is, and numbers about it."""
         if self._bar is not None:
             if self._first is None:
                 self._bar.reset(self._bar_task, completed=step)
@@ -126,7 +132,7 @@ class Progress:
             return
         now = time.monotonic()
         self._first = first_step, began = self._first or (step, now)
-        self._line = f"step {step}/{self._num_steps}  {numbers}"
+        self._line = f"{self._what} {step}/{self._num_steps}  {numbers}"
         if step > first_step:
             self._line += f"  {_duration((now - began) / (step - first_step) * (self._num_steps - step))} left"
         if now >= self._next_line:

@@ -67,17 +67,8 @@ class RunResult:
 
     def write(self, path: Path) -> None:
         """Write the result as JSON, whole or not at all. A number that is not finite becomes null."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_nan_to_null(asdict(self)), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the result from the rest of a team
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        text = json.dumps(_nan_to_null(asdict(self)), indent=2, allow_nan=False, ensure_ascii=False)
+        write_whole(path, f"{text}\n".encode())
 
     @staticmethod
     def read(path: Path) -> "RunResult":
@@ -89,10 +80,28 @@ class RunResult:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not JSON ({error}); run the job again to write it anew") from None
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'file'}: {f['msg']}" for f in error.errors()[:5])
             raise DataError(
-                f"{path} is not a result of this version ({faults}); run the job again to write it anew"
+                f"{path} is not a result of this version ({faults(error)}); run the job again to write it anew"
             ) from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that others read, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(draft, 0o644)  # mkstemp's 0600 would hide it from the rest of a team
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def faults(error: ValidationError) -> str:
+    """Return the first faults of a file, each with its field."""
+    return "; ".join(f"{'.'.join(map(str, f['loc'])) or 'file'}: {f['msg']}" for f in error.errors()[:5])
 
 
 def plain(value: Any, where: str = "value") -> Any:

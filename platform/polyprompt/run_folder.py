@@ -9,7 +9,6 @@ Ray Train by itself resumes whatever lies under a run's name, whatever its confi
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from polyprompt.config import RunConfig, shapes_result
 from polyprompt.errors import ConfigError, DataError
+from polyprompt.result import write_whole
 
 RUN, RESULT, BUNDLES, LOCK = "run.json", "result.json", "bundles", ".lock"
 
@@ -56,9 +56,7 @@ class RunFolder:
             "data": dict(data),
             "config": config.flat(),
         }
-        draft = self.folder / f".{RUN}.tmp"
-        draft.write_text(json.dumps(table, indent=1))
-        os.replace(draft, self.folder / RUN)
+        write_whole(self.folder / RUN, json.dumps(table, indent=1).encode())
 
 
 def choose(config: RunConfig, out: Path | None) -> RunFolder:

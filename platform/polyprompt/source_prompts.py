@@ -7,19 +7,31 @@ import torch
 from torch import Tensor
 
 from polyprompt import checkpoint
+from polyprompt.checkpoint import Bundle
 from polyprompt.config import AttemptConfig, MethodConfig, PromptTuningConfig
-from polyprompt.errors import ConfigError
+from polyprompt.errors import BundleError, ConfigError
+
+#: Under this name the bundle of a run keeps its sources.
+KEPT = "method.sources_JPH"
 
 
-def read(config: MethodConfig, backbone: Mapping[str, Any]) -> Tensor | None:
+def read(config: MethodConfig, backbone: Mapping[str, Any], begun: Bundle | None = None) -> Tensor | None:
     """Return sources_JPH: every prompt of every bundle in method.sources, in that order; None for other methods.
 
-    backbone: the identity of the backbone that they are to be used with. Raises BundleError where a bundle is damaged
-    or of another backbone, ConfigError where there is none or it holds no prompts of method.length for the backbone as
-    it was loaded.
+    backbone: the identity of the backbone that they are to be used with. begun: the bundle that the run goes on from;
+    it holds the sources, and method.sources is not read again. Raises BundleError where a bundle is damaged or of
+    another backbone, ConfigError where there is none or it holds no prompts of method.length for the backbone as it
+    was loaded.
     """
     if not isinstance(config, AttemptConfig) or not config.length:
         return None
+    if begun is not None:
+        if KEPT not in begun.tensors:
+            raise BundleError(
+                f"bundle {begun.folder} lacks the source prompts it was trained with: it was written by a version that "
+                "did not keep them. Start a new run under another name, or use the version that wrote it"
+            )
+        return begun.tensors[KEPT]
     found = []
     for folder in config.sources:
         if not (folder / checkpoint.MANIFEST).is_file():
@@ -27,18 +39,14 @@ def read(config: MethodConfig, backbone: Mapping[str, Any]) -> Tensor | None:
                 f"method.sources: {folder} is no bundle; expected a step_… folder of a prompt_tuning run, such as "
                 "runs/NAME/bundles/step_00001200"
             )
-        bundle = checkpoint.read(folder, backbone=backbone)
+        bundle = checkpoint.read(folder)
         method = bundle.config.method
         if not isinstance(method, PromptTuningConfig):
             raise ConfigError(
                 f"method.sources: {folder} is a bundle of method.name={method.name}; expected prompt_tuning. Name a "
                 "step_… folder of a prompt_tuning run"
             )
-        if bundle.config.train_backbone:
-            raise ConfigError(
-                f"method.sources: {folder} was trained together with its backbone, so its prompts do not fit the "
-                "backbone as it was; expected backbone.trainable=false there. Train the source prompts alone"
-            )
+        checkpoint.check_prompts(bundle, backbone, "method.sources")
         if method.length != config.length:
             raise ConfigError(
                 f"method.sources: {folder} has prompts of length {method.length}, expected method.length="

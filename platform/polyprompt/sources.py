@@ -47,7 +47,7 @@ def text_lines(path: Path, field: str) -> Iterator[str]:
     if path.name.lower().endswith((".txt", ".txt.gz")):
         yield from _plain_lines(path)
     else:
-        yield from row_lines(_rows(path) if path.suffix != ".gz" else _jsonl(path), field)
+        yield from row_lines(_rows(path), field)
 
 
 def row_lines(rows: Iterator[tuple[Origin, Row]], field: str) -> Iterator[str]:
@@ -104,7 +104,22 @@ def _file_rows(source: FileSource, split: str) -> Iterator[tuple[Origin, Row]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[Origin, Row]]:
+    for origin, row in each_row(path):
+        if isinstance(row, DataError):
+            raise row
+        yield origin, row
+
+
+def each_row(path: Path) -> Iterator[tuple[Origin, Row | DataError]]:
+    """Yield every row of a file, or the error in its place where it cannot be read and those behind it can.
+
+    Raises DataError where nothing more can be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: the file does not exist")
     match path.suffix.lower():
+        case ".gz" if path.name.lower().endswith(".jsonl.gz"):
+            return _jsonl(path)
         case ".jsonl":
             return _jsonl(path)
         case ".csv":
@@ -114,7 +129,7 @@ def _rows(path: Path) -> Iterator[tuple[Origin, Row]]:
     raise DataError(f"{path}: unknown file type {path.suffix!r}; expected one of {', '.join(FORMATS)}")
 
 
-def _jsonl(path: Path) -> Iterator[tuple[Origin, Row]]:
+def _jsonl(path: Path) -> Iterator[tuple[Origin, Row | DataError]]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             origin = f"{path}:{number}"
@@ -124,15 +139,18 @@ def _jsonl(path: Path) -> Iterator[tuple[Origin, Row]]:
                 # A byte-order mark may stand at the start of the file.
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise DataError(f"{origin}: not UTF-8 text: {error}") from error
+                yield origin, DataError(f"{origin}: not UTF-8 text: {error}")
             except json.JSONDecodeError as error:
-                raise DataError(f"{origin}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{origin}: expected an object {{...}} on each line, not {type(row).__name__}")
-            yield origin, row
+                yield origin, DataError(f"{origin}: not valid JSON: {error}")
+            else:
+                if isinstance(row, dict):
+                    yield origin, row
+                else:
+                    kind = type(row).__name__
+                    yield origin, DataError(f"{origin}: expected an object {{...}} on each line, not {kind}")
 
 
-def _csv(path: Path) -> Iterator[tuple[Origin, Row]]:
+def _csv(path: Path) -> Iterator[tuple[Origin, Row | DataError]]:
     """Rows by the names in the header; every value is text."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
@@ -143,13 +161,15 @@ def _csv(path: Path) -> Iterator[tuple[Origin, Row]]:
             for row in reader:
                 origin = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise DataError(f"{origin}: expected the header's {len(header)} columns: {', '.join(header)}")
-                yield origin, row
+                    columns = f"the header's {len(header)} columns: {', '.join(header)}"
+                    yield origin, DataError(f"{origin}: expected {columns}")
+                else:
+                    yield origin, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {error}") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[Origin, Row]]:
+def _parquet(path: Path) -> Iterator[tuple[Origin, Row | DataError]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:

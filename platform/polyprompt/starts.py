@@ -1,6 +1,7 @@
 """Input prompts that start from class labels, a text, a file or another bundle's prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,8 @@ BUNDLE_PROMPTS = ("method.prompt_GPH", "method.prompts_RPH", "method.prompt_PH")
 def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Sequence[Task | TextTask]) -> None:
     """Set the method's input prompts as `method.init` says, where that takes more than noise or the vocabulary.
 
-    Raises ConfigError naming what does not fit, BundleError for a damaged bundle.
+    Only at the start of a run: one that goes on has its prompts from its bundle.
+    Raises ConfigError naming what does not fit, BundleError for a bundle that is damaged or of another backbone.
     """
     prompts_GPH = method.input_prompts()
     if prompts_GPH is None or not isinstance(config, PromptStartConfig):
@@ -36,7 +38,7 @@ def start(config: MethodConfig, method: Method, backbone: Backbone, tasks: Seque
             _texts(prompts_GPH, backbone, config.init_text)
         case "file":
             own = [task.name for task in tasks] if isinstance(config, TaskPromptConfig) and config.per_task else None
-            prompts_GPH.copy_(_read(config, tuple(prompts_GPH.shape), own))
+            prompts_GPH.copy_(_read(config, tuple(prompts_GPH.shape), own, backbone.identity()))
 
 
 def _labels(prompts_GPH: Tensor, backbone: Backbone, tasks: Sequence[Task | TextTask]) -> None:
@@ -77,14 +79,18 @@ def _embed(backbone: Backbone, text: str) -> Tensor:
     return backbone.model.get_input_embeddings().weight[torch.tensor(pieces)]
 
 
-def _read(config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str] | None) -> Tensor:
-    """Return prompts of the shape. tasks: whose prompts these are, in order, where each has its own."""
+def _read(
+    config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str] | None, backbone: Mapping[str, Any]
+) -> Tensor:
+    """Return prompts of the shape. tasks: whose prompts these are, in order, where each has its own. backbone: its
+    identity; a bundle must be of it, of a plain file nothing is known but the width."""
     path = config.init_file
     assert path is not None
     if not path.exists():
         raise ConfigError(f"method.init_file={path} does not exist; give a bundle's folder or a .safetensors file")
     if path.is_dir():
         bundle = checkpoint.read(path)
+        checkpoint.check_prompts(bundle, backbone, "method.init_file")
         found = {name: tensor for name, tensor in bundle.tensors.items() if name in BUNDLE_PROMPTS}
         theirs = bundle.config.method
         per_task = isinstance(theirs, TaskPromptConfig) and theirs.per_task
@@ -101,11 +107,13 @@ def _read(config: PromptStartConfig, shape: tuple[int, ...], tasks: Sequence[str
         )
     (given,) = found.values()
     prompts = given[None] if given.ndim == 2 else given
-    if names is not None and tasks is not None:
+    # The prompt of a single task is there for any task to start from.
+    if names is not None and len(names) > 1 and tasks is not None:
         lacking = [task for task in tasks if task not in names]
         if lacking:
             raise ConfigError(
-                f"method.init_file={path} has no prompts of {', '.join(lacking)}; its tasks are {', '.join(names)}"
+                f"method.init_file={path} has no prompts of {', '.join(lacking)}; its tasks are {', '.join(names)}. "
+                "Give a bundle that has them, or one of a single task, whose prompt all of them take"
             )
         prompts = prompts[[names.index(task) for task in tasks]]
     if prompts.ndim != 3 or prompts.shape[1:] != shape[1:] or len(prompts) not in (1, shape[0]):

@@ -107,12 +107,7 @@ def open_study(config: TrackingConfig, study: Study) -> RunHandle:
         "polyprompt.seed": str(study.seed),
     }
     tags = {key: value[:MAX_TAG_CHARACTERS] for key, value in tags.items()}
-    with tracking._store_errors(uri), tracking.patience(retries=1, timeout_seconds=5):
-        tracking._make_store(uri)
-        client = tracking._client(uri)
-        if study.parent_run_id:
-            return tracking._reopen(client, uri, study.parent_run_id, tags, {}, ())
-        return tracking._create(client, uri, experiment, study.name, tags, {}, ())
+    return tracking.create_or_reopen(uri, experiment, study.parent_run_id or None, study.name, tags, {}, ())
 
 
 def child_tags(parent: RunHandle, *, trial: int, seed: int) -> dict[str, str]:
@@ -128,7 +123,7 @@ def close_study(parent: RunHandle, study: Study, folder: Path, status: Status) -
     """
 
     def close() -> None:
-        client = tracking._client(parent.uri)
+        client = tracking.client_of(parent.uri)
         children = _children(client, parent)
         for trial in study.trials:
             for run in trial.runs:
@@ -145,10 +140,10 @@ def close_study(parent: RunHandle, study: Study, folder: Path, status: Status) -
         client.set_terminated(parent.run_id, status)
 
     def register() -> None:
-        _register(tracking._client(parent.uri), study)
+        _register(tracking.client_of(parent.uri), study)
 
-    closed = tracking._tolerant(parent, f"the study {study.name}", close, timeout_seconds=30)
-    return closed and tracking._tolerant(parent, "the candidate", register, timeout_seconds=30)
+    closed = tracking.tolerant(parent, f"the study {study.name}", close, timeout_seconds=30)
+    return closed and tracking.tolerant(parent, "the candidate", register, timeout_seconds=30)
 
 
 def _children(client: Any, parent: RunHandle) -> dict[str, Any]:

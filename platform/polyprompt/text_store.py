@@ -5,6 +5,7 @@ al. 2020, section 2.3; t5.data.preprocessors.reduce_concat_tokens).
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -150,11 +151,21 @@ class TextSplit:
         """Return windows for evaluation: unshifted, each with the same noise every time."""
         return [self._made(int(i) * self.objective.window, self._rng(int(i))) for i in indices]
 
-    def unigram_loss(self) -> float:
-        """Return the entropy of the held-out targets in nats a token: no unigram model has a lower loss on them."""
-        counts = Counter(token for row in self.rows(range(len(self))) for token in row.target_ids)
-        shares = np.array(list(counts.values())) / counts.total()
-        return float(-(shares * np.log(shares)).sum())
+    @cached_property
+    def target_counts(self) -> Counter[int]:
+        """How often each token is a target of `rows`."""
+        return Counter(token for row in self.rows(range(len(self))) for token in row.target_ids)
+
+    def unigram_loss(self, fitted: Counter[int] | None = None, vocab_size: int = 0) -> float:
+        """Return a unigram model's loss on the targets, in nats a token.
+
+        fitted: what the model has counted; each count is raised by one, over the whole vocabulary. None: the targets
+        themselves, so the loss is their entropy, and no unigram model comes below it.
+        """
+        counts = self.target_counts
+        known = counts if fitted is None else {token: fitted[token] + 1 for token in counts}
+        total = counts.total() if fitted is None else fitted.total() + vocab_size
+        return sum(n * math.log(total / known[token]) for token, n in counts.items()) / counts.total()
 
     def _made(self, start: int, rng: np.random.Generator) -> TokenRow:
         return self.objective.row(self._tokens[start : start + self.objective.window].astype(np.int64), rng)

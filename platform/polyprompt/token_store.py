@@ -95,19 +95,27 @@ class Writer:
         Raises DataError for a split without examples.
         """
         with writing(folder) as aside:
-            choice_ids = self._task_choice_ids()
+            choice_ids = self.task_choice_ids()
             counts = {name: self._write_split(aside / f"{name}.arrow", name, splits[name]) for name in splits}
             meta = {"choices": self.task.choices, "choice_ids": choice_ids, "splits": counts}
             (aside / "meta.json").write_text(json.dumps(meta))
 
-    def _task_choice_ids(self) -> list[list[int]]:
-        ids = self._choice_ids(self.task.choices, self.task.name)
+    def inputs(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Return the tokens of each input, cut to the limit, its </s> included; and how many were cut."""
+        whole, eos = tokens(self.tokenizer, texts), self.tokenizer.eos_token_id
+        num_cut = sum(len(ids) >= self.max_input_tokens for ids in whole)
+        return [[*ids[: self.max_input_tokens - 1], eos] for ids in whole], num_cut
+
+    def task_choice_ids(self) -> list[list[int]]:
+        """Return the target tokens of each of the task's choices. Raises DataError for two alike, or one too long."""
+        ids = self.choice_ids(self.task.choices, self.task.name)
         if len(set(map(tuple, ids))) < len(ids):
             words = ", ".join(map(repr, self.task.choices))
             raise DataError(f"{self.task.name}: two of the choices {words} are the same to the tokenizer; rename one")
         return ids
 
-    def _choice_ids(self, choices: Sequence[str], origin: str) -> list[list[int]]:
+    def choice_ids(self, choices: Sequence[str], origin: str) -> list[list[int]]:
+        """Return the target tokens of each choice. Raises DataError, beginning with the origin, for one too long."""
         ids = [[*row, self.tokenizer.eos_token_id] for row in tokens(self.tokenizer, choices)]
         for choice, row in zip(choices, ids, strict=True):
             if len(row) > self.max_target_tokens:
@@ -133,20 +141,20 @@ class Writer:
 
     def _columns(self, chunk: Sequence[tuple[str, Example]], counts: dict[str, int]) -> dict[str, list[Any]]:
         examples = [example for _, example in chunk]
-        inputs = tokens(self.tokenizer, [e.input for e in examples])
+        inputs, num_cut = self.inputs([e.input for e in examples])
         targets = tokens(self.tokenizer, [e.target for e in examples])
         counts["num_examples"] += len(examples)
-        counts["num_cut_inputs"] += sum(len(ids) >= self.max_input_tokens for ids in inputs)
+        counts["num_cut_inputs"] += num_cut
         counts["num_cut_targets"] += sum(len(ids) >= self.max_target_tokens for ids in targets)
         eos = self.tokenizer.eos_token_id
         own = [None if e.choices == self.task.choices else e.choices for e in examples]
         return {
             **{key: [getattr(e, key) for e in examples] for key in ("input", "target", "answers", "group", "value")},
-            "input_ids": [[*ids[: self.max_input_tokens - 1], eos] for ids in inputs],
+            "input_ids": inputs,
             "target_ids": [[*ids[: self.max_target_tokens - 1], eos] for ids in targets],
             "choices": own,
             "choice_ids": [
-                None if choices is None else self._choice_ids(choices, f"{self.task.name}: {origin}")
+                None if choices is None else self.choice_ids(choices, f"{self.task.name}: {origin}")
                 for (origin, _), choices in zip(chunk, own, strict=True)
             ],
         }

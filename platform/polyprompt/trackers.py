@@ -6,13 +6,13 @@ Training never waits for a tracking server and never ends because of one.
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from polyprompt.result import write_whole
 from polyprompt.tracking import (
     MAX_METRICS_A_BATCH,
     Points,
@@ -84,7 +84,7 @@ class JsonlTracker:
             old = path.read_text(encoding="utf-8")
             kept = "".join(f"{line}\n" for line in old.splitlines() if _step_of(line) <= resumed_step)
             if kept != old:
-                _replace(path, kept)
+                write_whole(path, kept.encode())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         numbers = {key: json_number(float(value)) for key, value in values.items()}
@@ -146,8 +146,7 @@ class MlflowTracker:
         if not rows:
             self._unsent.unlink(missing_ok=True)
             return
-        self._unsent.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self._unsent, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self._unsent, "".join(json.dumps(row) + "\n" for row in rows).encode())
         uri = mask(self.handle.uri)
         LOGGER.warning(
             "%d metric points could not be sent to %s and are kept in %s. Send them when it is back: "
@@ -219,12 +218,6 @@ class SystemMetrics:
                 return
             values = {f"system/{self._node}/{key}": v for key, v in self._monitor.aggregate_metrics().items()}
             self._tracker.log((now_ms() - self._tracker.handle.start_ms) // 1000, values)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _step_of(line: str) -> float:

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from polyprompt import __version__
 from polyprompt.config import RunConfig, TrackingConfig, shapes_result
-from polyprompt.errors import TrackingError
+from polyprompt.errors import PolypromptError, TrackingError
 from polyprompt.tasks.records import FileSource, HubSource, Source, TextSource
 
 LOGGER = logging.getLogger(__name__)
@@ -126,24 +126,39 @@ def open_run(
     }
     if "git_commit" in tags:
         tags["mlflow.source.git.commit"] = tags["git_commit"].removesuffix("-dirty")
-    with _store_errors(uri), patience(retries=1, timeout_seconds=5):
+    return create_or_reopen(uri, experiment, run_id, name, tags, texts, datasets)
+
+
+def create_or_reopen(
+    uri: str,
+    experiment: str,
+    run_id: str | None,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, str],
+    datasets: Sequence[DataInput],
+) -> RunHandle:
+    """Create a run as it is described, or open run_id again; see `open_run`."""
+    with store_errors(uri), patience(retries=1, timeout_seconds=5):
         _make_store(uri)
-        client = _client(uri)
-        if run_id is None:
-            return _create(client, uri, experiment, name, tags, texts, datasets)
-        return _reopen(client, uri, run_id, tags, texts, datasets)
+        client = client_of(uri)
+        # Two runs that are the first to name a data set at the same moment break MLflow's unique keys.
+        with _alone(_sqlite_file(uri)):
+            if run_id is None:
+                return _create(client, uri, experiment, name, tags, params, datasets)
+            return _reopen(client, uri, run_id, tags, params, datasets)
 
 
 def log_artifacts(handle: RunHandle, paths: Path | Iterable[Path], artifact_path: str | None = None) -> bool:
     """Upload a folder's content, or files, and return whether all arrived. A store that is gone only warns."""
 
     def upload() -> None:
-        client = _client(handle.uri)
+        client = client_of(handle.uri)
         for path in [paths] if isinstance(paths, Path) else paths:
             send = client.log_artifacts if path.is_dir() else client.log_artifact
             send(handle.run_id, str(path), artifact_path)
 
-    return _tolerant(handle, "artifacts", upload, timeout_seconds=30)
+    return tolerant(handle, "artifacts", upload, timeout_seconds=30)
 
 
 def finish(
@@ -159,12 +174,12 @@ def finish(
 
     def end() -> None:
         Points(handle).send(rows)
-        client = _client(handle.uri)
+        client = client_of(handle.uri)
         for key, value in (tags or {}).items():
             client.set_tag(handle.run_id, slug(key), str(value)[:MAX_TAG_CHARACTERS])
         client.set_terminated(handle.run_id, status)
 
-    return _tolerant(handle, f"the status {status}", end, timeout_seconds=10)
+    return tolerant(handle, f"the status {status}", end, timeout_seconds=10)
 
 
 def resend(path: Path, uri: str, run_id: str) -> int:
@@ -176,7 +191,7 @@ def resend(path: Path, uri: str, run_id: str) -> int:
         raise TrackingError(f"{path} does not exist; the warning at the end of the run names the file")
     rows = read_rows(path)
     points = Points(RunHandle(uri, run_id, "", 0))
-    with _store_errors(uri), patience(retries=1, timeout_seconds=30):
+    with store_errors(uri), patience(retries=1, timeout_seconds=30):
         for start in range(0, len(rows), MAX_METRICS_A_BATCH):
             points.send(rows[start : start + MAX_METRICS_A_BATCH])
     path.unlink()
@@ -212,7 +227,7 @@ class Points:
         """Send at most 1,000 points, but for those whose (metric, step) an earlier life of the run has sent."""
         from mlflow.entities import Metric
 
-        client = _client(self._handle.uri)
+        client = client_of(self._handle.uri)
         if self._known is None:
             # None: the run has points of that metric, and they were not looked at yet.
             self._known = dict.fromkeys(client.get_run(self._handle.run_id).data.metrics)
@@ -233,7 +248,7 @@ def system_monitor(handle: RunHandle) -> Any:
         return SystemMetricsMonitor(handle.run_id, tracking_uri=handle.uri)
 
 
-def _client(uri: str, *, create: bool = False) -> Any:
+def client_of(uri: str, *, create: bool = False) -> Any:
     """Return a client of a store. Raises TrackingError for a sqlite file that is absent and must not be created."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     file = _sqlite_file(uri)
@@ -256,8 +271,12 @@ def _create(
     from mlflow.tracking.context.registry import resolve_tags
 
     run = client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=resolve_tags(dict(tags)))
-    _log_params(client, run.info.run_id, params)
-    _log_datasets(client, run.info.run_id, datasets)
+    with contextlib.ExitStack() as half_made:
+        # Whoever tries again creates another run, and this one would be shown as running for ever.
+        half_made.callback(client.delete_run, run.info.run_id)
+        _log_params(client, run.info.run_id, params)
+        _log_datasets(client, run.info.run_id, datasets)
+        half_made.pop_all()
     return RunHandle(uri, run.info.run_id, run.info.experiment_id, run.info.start_time)
 
 
@@ -378,15 +397,29 @@ def _make_store(uri: str) -> None:
     if file is None or _is_made(file):
         return
     file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file), _quiet("mlflow.store.db.utils", "alembic"):
+        if not _is_made(file):
+            aside = file.with_name(f".{file.name}.new")
+            aside.unlink(missing_ok=True)
+            client_of(f"sqlite:///{aside}", create=True)
+            os.replace(aside, file)
+
+
+@contextlib.contextmanager
+def _alone(file: Path | None) -> Iterator[None]:
+    """Keep other processes from making anything in a sqlite store meanwhile. None: a server, which sees to that."""
+    if file is None:
+        yield
+        return
+    lock = FileLock(f"{file}.lock")
     try:
-        with FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT_SECONDS), _quiet("mlflow.store.db.utils", "alembic"):
-            if not _is_made(file):
-                aside = file.with_name(f".{file.name}.new")
-                aside.unlink(missing_ok=True)
-                _client(f"sqlite:///{aside}", create=True)
-                os.replace(aside, file)
+        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
     except Timeout:
         raise TrackingError(f"{file}.lock stays locked by another process; end that one") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_made(file: Path) -> bool:
@@ -394,11 +427,11 @@ def _is_made(file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _store_errors(uri: str) -> Iterator[None]:
+def store_errors(uri: str) -> Iterator[None]:
     """Turn any failure of a store into a TrackingError that says how to mend it, and shows no password."""
     try:
         yield
-    except TrackingError:
+    except PolypromptError:
         raise
     except Exception as error:
         own = "Move the file away to start a new one" if _sqlite_file(uri) else "Start the server"
@@ -432,7 +465,7 @@ def _quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _tolerant(handle: RunHandle, what: str, act: Callable[[], None], *, timeout_seconds: int) -> bool:
+def tolerant(handle: RunHandle, what: str, act: Callable[[], None], *, timeout_seconds: int) -> bool:
     try:
         with patience(retries=1, timeout_seconds=timeout_seconds):
             act()

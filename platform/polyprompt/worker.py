@@ -5,7 +5,6 @@ The same code runs in-process and as a Ray Train worker; `announce` is how it te
 
 import json
 import logging
-import os
 import resource
 import sys
 import time
@@ -27,6 +26,7 @@ from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.plan import build
+from polyprompt.result import write_whole
 from polyprompt.run_folder import BUNDLES
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Tracker, Trackers
 from polyprompt.tracking import RunHandle
@@ -78,9 +78,8 @@ class RunReporter:
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         if self.workers.first:
-            draft = self.job.folder / f".{PROGRESS}.tmp"
-            draft.write_text(json.dumps({"step": step, "loss": loss, "examples_per_second": examples_per_second}))
-            os.replace(draft, self.job.folder / PROGRESS)
+            seen = {"step": step, "loss": loss, "examples_per_second": examples_per_second}
+            write_whole(self.job.folder / PROGRESS, json.dumps(seen).encode())
         self._obey()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -166,15 +165,13 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce)
 
 def _start(job: Job, device: torch.device) -> Start:
     """Build everything and put it where the newest whole bundle says."""
-    model, data = build(job.config)
+    bundle = checkpoint.newest(job.bundles)
+    model, data = build(job.config, bundle)
     identity = model.backbone.identity()  # of the weights before any training
     model.to(device)
-    optim = Optim(job.config.train, model.named_groups())
-    newest = checkpoint.newest_whole(job.bundles)
-    if newest is None:
+    optim = Optim(job.config.train, model.named_groups(), model.undecayed())
+    if bundle is None:
         return model, data, optim, identity, TrainState(), []
-    bundle = checkpoint.read(newest, backbone=identity)
-    model.load_trained_state(dict(bundle.tensors))
     optim.load_state_dict(bundle.optimizer())
     state = TrainState.from_json(bundle.state["train"])
     return model, data, optim, identity, state, bundle.state["pending"]

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from polyprompt.config import (
+    AdapterConfig,
     AttemptConfig,
     DePTConfig,
     FullConfig,
+    HyperFormerConfig,
     HyperPromptConfig,
+    LoRAConfig,
     MethodConfig,
     MPTConfig,
     PrefixTuningConfig,
@@ -19,11 +22,14 @@ from polyprompt.config import (
     SMoPConfig,
 )
 from polyprompt.method_configs import RoutingConfig
+from polyprompt.methods.adapter import Adapter
 from polyprompt.methods.attempt import Attempt
-from polyprompt.methods.base import Dims, Method
+from polyprompt.methods.base import Dims, Method, StackDims
 from polyprompt.methods.dept import DePT
 from polyprompt.methods.full import Full
+from polyprompt.methods.hyperformer import HyperFormer
 from polyprompt.methods.hyperprompt import HyperPrompt
+from polyprompt.methods.lora import LoRA
 from polyprompt.methods.mpt import MPT
 from polyprompt.methods.p_tuning import PTuning
 from polyprompt.methods.prefix_tuning import PrefixTuning
@@ -62,6 +68,12 @@ def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | 
                 return Attempt(config, dims, sources_JPH, seed=seed)
             case MPTConfig():
                 return MPT(config, dims, seed=seed)
+            case AdapterConfig():
+                return Adapter(config, dims)
+            case HyperFormerConfig():
+                return HyperFormer(config, dims)
+            case LoRAConfig():
+                return LoRA(config, seed=seed)
 
 
 def expected_parameters(config: MethodConfig, dims: Dims) -> int:
@@ -93,6 +105,15 @@ def expected_parameters(config: MethodConfig, dims: Dims) -> int:
             return (num_tasks if config.per_task else 1) * length * h + 2 * h * m + 2 * h if length else 0
         case MPTConfig(length=length):
             return length * h + num_tasks * (length + h) if length else 0
+        case AdapterConfig(bottleneck=r):
+            layers = sum(stack.num_layers for stack in (dims.encoder, dims.decoder) if stack is not None)
+            places = 2 if config.variant == "houlsby" else 1
+            return (num_tasks if config.per_task else 1) * layers * places * (2 * h * r + r + h) if r else 0
+        case HyperFormerConfig():
+            stacks = [stack for stack in (dims.encoder, dims.decoder) if stack is not None]
+            return num_tasks * config.task_embedding_size + sum(_hyperformer(config, dims, stack) for stack in stacks)
+        case LoRAConfig():
+            return 0  # it gets its parameters where it is joined to a backbone, by the backbone's modules
 
 
 def _routers(config: RoutingConfig, dims: Dims) -> int:
@@ -121,3 +142,10 @@ def _prefix_tuning(config: PrefixTuningConfig, dims: Dims, prompted: PromptedSta
     width = 2 * stack.num_layers * stack.num_heads * stack.head_dim
     h, e = dims.hidden, config.mlp_hidden_size
     return rows * width if config.reparameterisation == "none" else rows * h + (h + 1) * e + (e + 1) * width
+
+
+def _hyperformer(config: HyperFormerConfig, dims: Dims, stack: StackDims) -> int:
+    t, t_, e = config.projected_embedding_size, config.task_embedding_size, config.mlp_hidden_size
+    h, r = dims.hidden, dims.hidden // config.reduction
+    joint = (stack.num_layers + 2) * t_ + (3 * t_ + 1) * e + (e + 1) * t + 2 * t
+    return joint + (t + 1) * (2 * h * r + r + 3 * h)

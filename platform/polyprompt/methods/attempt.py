@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from polyprompt.config import AttemptConfig
 from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
-from polyprompt.methods.prompt_tuning import start_prompts
+from polyprompt.methods.prompt_tuning import draw_prompts, start_prompts
 
 
 class Attempt(Method):
@@ -21,8 +21,8 @@ class Attempt(Method):
     Source: Asai et al. 2022 (arXiv 2205.11961), section 3.2; temperature H·e, SiLU and bottleneck 100 as there.
     Differs: the max over the input leaves out padding, which the authors' code counts. W_down, W_up and LayerNorm are
     shared by the tasks (the paper's multi-task setting). They start as torch starts them; the paper does not say.
-    Parameters: G·P·H + 2·H·m + 2·H, m = bottleneck. Sources are not trained and not counted. With length 0 this is
-    the plain backbone.
+    Parameters: G·P·H + 2·H·m + 2·H, m = bottleneck. Sources are not trained and not counted, but kept in the bundle.
+    With length 0 this is the plain backbone.
     """
 
     sources_JPH: Tensor
@@ -34,15 +34,13 @@ class Attempt(Method):
         self.seed = seed
         self.input_length = config.length
         self.task_aware = config.per_task and config.length > 0
-        self.prompt_GPH: nn.Parameter | None = None
+        self.prompt_GPH = draw_prompts(config, dims)
         if not config.length:
             return
         assert sources_JPH is not None, "source_prompts.read gives them"
         assert sources_JPH.shape[1:] == (config.length, dims.hidden)
         self.temperature = config.temperature or dims.hidden * math.e
-        num_prompts = dims.num_tasks if config.per_task else 1
-        self.prompt_GPH = nn.Parameter(torch.randn(num_prompts, config.length, dims.hidden) * config.init_std)
-        self.register_buffer("sources_JPH", sources_JPH.detach().float(), persistent=False)
+        self.register_buffer("sources_JPH", sources_JPH.detach().float())
         self.attention = nn.Sequential(
             nn.Linear(dims.hidden, config.bottleneck, bias=False),
             nn.SiLU(),

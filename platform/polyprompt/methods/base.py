@@ -1,15 +1,22 @@
 """The seam between what a prompt is (methods/) and how it is glued onto a backbone (backbone.py).
 
-Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L layers, N heads, D head size, K tasks.
+Letters: B rows of a batch, T input tokens, P prompt tokens, H hidden size, L layers, N heads, D head size, K tasks,
+J places of a layer, G sets of adapters, R bottleneck.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from polyprompt.method_configs import ParameterGroup
+from polyprompt.method_configs import Activation, ParameterGroup
+
+#: Behind which part of a layer an adapter stands; never behind cross-attention.
+Place = Literal["attention", "feed_forward"]
+
+Stack = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,42 @@ class Dims:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Extra keys and values for every self-attention layer of one stack, row by row."""
+    """Extra keys and values for every self-attention layer of one stack, row by row.
+
+    mask_BP: which of them are real, where rows have different numbers of them (None: all).
+    """
 
     keys_LBNPD: Tensor
     values_LBNPD: Tensor
+    mask_BP: Tensor | None = None
+
+    def of_rows(self, row_C: Tensor) -> "KeyValues":
+        """Return those of these rows."""
+        mask = None if self.mask_BP is None else self.mask_BP[row_C]
+        return KeyValues(self.keys_LBNPD.index_select(1, row_C), self.values_LBNPD.index_select(1, row_C), mask)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Bottlenecks behind parts of every layer of one stack, in G sets; owner_B is the set of each row.
+
+    A part's output y, before it is added to the residual, becomes y + norm(act(y·down + bias)·up + bias). norm is a
+    layer normalisation with these scales and shifts, or nothing where there are none. places: what J stands for.
+    """
+
+    places: tuple[Place, ...]
+    activation: Activation
+    owner_B: Tensor
+    down_LJGHR: Tensor
+    down_bias_LJGR: Tensor
+    up_LJGRH: Tensor
+    up_bias_LJGH: Tensor
+    scale_LJGH: Tensor | None = None
+    shift_LJGH: Tensor | None = None
+
+    def of_rows(self, row_C: Tensor) -> "Adapters":
+        """Return those of these rows."""
+        return replace(self, owner_B=self.owner_B[row_C])
 
 
 @dataclass(frozen=True)
@@ -48,7 +87,7 @@ class Prompts:
 
     inputs_BPH: prepended to the input embeddings. mask_BP: which of them are real, where rows have prompts of
     different length (None: all). embeddings_BTH: what the input embeddings become (None: they stay).
-    encoder, decoder: prepended to the keys and values of self-attention.
+    encoder, decoder: prepended to the keys and values of self-attention. adapters: of each stack, by its name.
     aux: statistics by name, detached, [B, routed prompts] each, rows adding up to 1. "router/probability": the router's
     softmax without noise; "router/share": what each prompt is of the row's prompt without noise, as in prediction;
     "router/load": the same as used here, noise and all.
@@ -62,6 +101,7 @@ class Prompts:
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     penalty_B: Tensor | None = None
     embeddings_BTH: Tensor | None = None
+    adapters: Mapping[str, Adapters] = field(default_factory=dict)
 
 
 class Method(nn.Module, ABC):
@@ -73,8 +113,15 @@ class Method(nn.Module, ABC):
     num_routes: int = 0
     #: Prompt tokens prepended to the input embeddings at most; counts against the model's length limit.
     input_length: int = 0
+    #: Prompt tokens of each stack whose self-attention gets keys and values.
+    stack_lengths: Mapping[Stack, int] = {}
+    #: Parameters, by name, that weight decay spares although they have more than one dimension: factors that mean
+    #: "leave it as it is" at 1, not at 0.
+    undecayed: frozenset[str] = frozenset()
     #: Multiply-adds that the method spends on each row, beside a router's; what the task alone decides costs none.
     row_multiply_adds: int = 0
+    #: Multiply-adds that the method spends on each token in each layer.
+    layer_multiply_adds: int = 0
 
     @abstractmethod
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
@@ -90,11 +137,19 @@ class Method(nn.Module, ABC):
 
     def prompt_lengths(self) -> dict[str, int]:
         """Return config key → prompt tokens, for each kind of prompt of the method."""
-        return {"method.length": self.input_length} if self.input_length else {}
+        stacks = {f"method.{stack}_length": length for stack, length in self.stack_lengths.items()}
+        return {"method.length": self.input_length, **stacks} if self.input_length else stacks
 
     def input_prompts(self) -> Tensor | None:
         """Return the trained prompts [prompts, P, H] before the input that may start from given vectors, if any."""
         return None
+
+    def join(self, model: Any) -> None:
+        """Put modules of the method's own into the backbone's model. Called once, before training."""
+
+    def module_multiply_adds(self) -> Mapping[str, int]:
+        """Return the multiply-adds that `join` added to modules of the backbone, by name, for each token they read."""
+        return {}
 
     def initialise(self, embedding_VH: Tensor) -> None:
         """Set parameters that start from the backbone's vocabulary. Called once, before training.

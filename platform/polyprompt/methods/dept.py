@@ -6,7 +6,7 @@ from torch.nn.functional import pad
 
 from polyprompt.config import DePTConfig
 from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
-from polyprompt.methods.prompt_tuning import start_prompts
+from polyprompt.methods.prompt_tuning import draw_prompts, start_prompts
 
 
 class DePT(Method):
@@ -30,15 +30,13 @@ class DePT(Method):
         self.seed = seed
         self.input_length = config.length
         self.task_aware = config.per_task and (config.length > 0 or config.rank > 0)
-        num_prompts = dims.num_tasks if config.per_task else 1
-        self.prompt_GPH: nn.Parameter | None = None
+        num_updates = dims.num_tasks if config.per_task else 1
+        self.prompt_GPH = draw_prompts(config, dims)
         self.down_GSR: nn.Parameter | None = None
-        if config.length:
-            self.prompt_GPH = nn.Parameter(torch.randn(num_prompts, config.length, dims.hidden) * config.init_std)
         if config.rank:
-            uniform = torch.rand(num_prompts, config.max_positions, config.rank) * 2 - 1
+            uniform = torch.rand(num_updates, config.max_positions, config.rank) * 2 - 1
             self.down_GSR = nn.Parameter(uniform / config.rank**0.5)
-            self.up_GRH = nn.Parameter(torch.zeros(num_prompts, config.rank, dims.hidden))
+            self.up_GRH = nn.Parameter(torch.zeros(num_updates, config.rank, dims.hidden))
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
         row_B = task_B if self.config.per_task else torch.zeros_like(task_B)

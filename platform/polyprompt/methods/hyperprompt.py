@@ -10,7 +10,7 @@ from polyprompt.config import HyperPromptConfig, RoutedHyperPromptConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, KeyValues, Method, ParameterGroup, Prompts, StackDims
 from polyprompt.methods.routing import Routed
-from polyprompt.methods.stacks import prompted_stacks
+from polyprompt.methods.stacks import prompted_stacks, stack_lengths
 
 #: Standard deviation of the generated keys and values at the start.
 PROMPT_STD = 0.1
@@ -46,6 +46,7 @@ class HyperPrompt(Method):
         """
         super().__init__()
         self.encoder, self.decoder = stack_prompts(config, dims, dims.num_tasks)
+        self.stack_lengths = stack_lengths(config, dims)
         self.task_aware = self.encoder is not None or self.decoder is not None
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
@@ -55,9 +56,6 @@ class HyperPrompt(Method):
             encoder=None if self.encoder is None else self.encoder(task_U, row_B, x_BTH.dtype),
             decoder=None if self.decoder is None else self.decoder(task_U, row_B, x_BTH.dtype),
         )
-
-    def prompt_lengths(self) -> dict[str, int]:
-        return prompt_lengths(self.encoder, self.decoder)
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter.endswith("prompt_KPH") else "hypernetwork"
@@ -75,11 +73,6 @@ def stack_prompts(
     stacks = prompted_stacks(config, dims)
     made = {name: StackPrompts(config, dims, *stack, num_prompts) for name, stack in stacks.items()}
     return made.get("encoder"), made.get("decoder")
-
-
-def prompt_lengths(encoder: "StackPrompts | None", decoder: "StackPrompts | None") -> dict[str, int]:
-    stacks = {"method.encoder_length": encoder, "method.decoder_length": decoder}
-    return {key: stack.prompt_KPH.shape[1] for key, stack in stacks.items() if stack is not None}
 
 
 class StackPrompts(nn.Module):

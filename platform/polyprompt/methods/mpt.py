@@ -18,9 +18,14 @@ class MPT(Method):
     `train.group_learning_rates` of the groups prompt (P*) and task (u, v).
     Differs: P* is learnt from the tasks' own loss, the paper's ablation without distillation from single-task prompts.
     u and v start from N(1, task_std²), so every task starts near P*; the paper does not say, and PEFT's
-    N(0, 0.02²) starts every prompt near zero.
+    N(0, 0.02²) starts every prompt near zero. Weight decay spares u and v, as it spares a layer norm's gains: it would
+    pull them from 1 towards 0 and every prompt with them, three times over. We know of no
+    decay in the paper's set-up; PEFT's example decays all three (torch's AdamW as it comes), from a start where u and v
+    are near 0 anyway.
     Parameters: P·H + K·(P + H). A prompt of length 0 has none: the plain backbone.
     """
+
+    undecayed = frozenset({"tokens_KP", "features_KH"})
 
     def __init__(self, config: MPTConfig, dims: Dims, *, seed: int) -> None:
         """Draw starting values from torch's global stream; `seed` is for the draw of pieces in `initialise`."""

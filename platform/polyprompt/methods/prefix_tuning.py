@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from polyprompt.config import PrefixTuningConfig
 from polyprompt.methods.base import Dims, KeyValues, Method, ParameterGroup, Prompts, StackDims
-from polyprompt.methods.stacks import prompted_stacks
+from polyprompt.methods.stacks import prompted_stacks, stack_lengths
 
 #: E[tanh(z)²] for z ~ N(0, 1).
 TANH_VARIANCE = 0.394
@@ -33,6 +33,7 @@ class PrefixTuning(Method):
         super().__init__()
         made = {name: StackPrefix(config, dims, *stack) for name, stack in prompted_stacks(config, dims).items()}
         self.encoder, self.decoder = made.get("encoder"), made.get("decoder")
+        self.stack_lengths = stack_lengths(config, dims)
         self.per_task = config.per_task
         self.task_aware = config.per_task and bool(made)
 
@@ -42,10 +43,6 @@ class PrefixTuning(Method):
             encoder=None if self.encoder is None else self.encoder(row_B, x_BTH.dtype),
             decoder=None if self.decoder is None else self.decoder(row_B, x_BTH.dtype),
         )
-
-    def prompt_lengths(self) -> dict[str, int]:
-        stacks = {"method.encoder_length": self.encoder, "method.decoder_length": self.decoder}
-        return {key: stack.prefix_GPW.shape[1] for key, stack in stacks.items() if stack is not None}
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter.endswith("prefix_GPW") else "hypernetwork"

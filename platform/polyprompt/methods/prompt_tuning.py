@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.config import PromptTuningConfig
+from polyprompt.method_configs import TaskPromptConfig
 from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
 
 NUM_COMMON_PIECES = 5000
@@ -28,10 +29,7 @@ class PromptTuning(Method):
         self.seed = seed
         self.input_length = config.length
         self.task_aware = config.per_task and config.length > 0
-        num_prompts = dims.num_tasks if config.per_task else 1
-        self.prompt_GPH: nn.Parameter | None = None
-        if config.length:
-            self.prompt_GPH = nn.Parameter(torch.randn(num_prompts, config.length, dims.hidden) * config.init_std)
+        self.prompt_GPH = draw_prompts(config, dims)
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
         if self.prompt_GPH is None:
@@ -48,6 +46,14 @@ class PromptTuning(Method):
     def initialise(self, embedding_VH: Tensor) -> None:
         if self.prompt_GPH is not None:
             start_prompts(self.prompt_GPH, self.config.init, embedding_VH, seed=self.seed)
+
+
+def draw_prompts(config: TaskPromptConfig, dims: Dims) -> nn.Parameter | None:
+    """Draw prompt_GPH from N(0, init_std²), G = K with `per_task`, else 1; None at length 0."""
+    if not config.length:
+        return None
+    num_prompts = dims.num_tasks if config.per_task else 1
+    return nn.Parameter(torch.randn(num_prompts, config.length, dims.hidden) * config.init_std)
 
 
 @torch.no_grad()

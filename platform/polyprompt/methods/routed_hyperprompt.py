@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from polyprompt.config import RoutedHyperPromptConfig
 from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
-from polyprompt.methods.hyperprompt import prompt_lengths, stack_prompts
+from polyprompt.methods.hyperprompt import stack_prompts
 from polyprompt.methods.routing import route, router_logits, start_routers
+from polyprompt.methods.stacks import stack_lengths
 
 
 class RoutedHyperPrompt(Method):
@@ -35,6 +36,7 @@ class RoutedHyperPrompt(Method):
         self.config = config
         known = dims if config.hypernetworks_know_task else replace(dims, num_tasks=1)
         self.encoder, self.decoder = stack_prompts(config, known, config.num_prompts)
+        self.stack_lengths = stack_lengths(config, dims)
         self.task_aware = False
         if self.encoder is not None or self.decoder is not None:
             self.num_routes = config.num_prompts
@@ -56,9 +58,6 @@ class RoutedHyperPrompt(Method):
             aux=routed.aux,
             penalty_B=routed.penalty_B,
         )
-
-    def prompt_lengths(self) -> dict[str, int]:
-        return prompt_lengths(self.encoder, self.decoder)
 
     def group_of(self, parameter: str) -> ParameterGroup:
         if parameter == "router_GHR":

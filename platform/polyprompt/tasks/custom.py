@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyprompt.config import TaskConfig
 from polyprompt.errors import ConfigError, DataError, hint
+from polyprompt.task_configs import TaskConfig
 from polyprompt.tasks.fields import get
 from polyprompt.tasks.metrics import check_names
 from polyprompt.tasks.records import Example, FileSource, HubSource, Row, Source, Task
@@ -38,6 +38,9 @@ class TemplateExamples:
     numeric: bool
 
     def __call__(self, row: Row, split: str) -> Iterator[Example]:
+        if split == "test" and not self._has_target(row):
+            yield Example(self.input(row), "", self.choices)
+            return
         target = raw = self.target(row)
         if self.labels:
             known = dict(self.labels)
@@ -49,9 +52,18 @@ class TemplateExamples:
             raise DataError(f"target {target!r} is not among the choices {choices}.{hint(target, self.choices)}")
         yield Example(self.input(row), target, self.choices, value=_finite(raw) if self.numeric else None)
 
+    def _has_target(self, row: Row) -> bool:
+        try:
+            return self.target(row) != "-1"
+        except DataError:
+            return False
 
-def task_of(config: TaskConfig) -> Task:
-    """Build the task. Raises ConfigError naming the key that does not fit, DataError for a file that is not there."""
+
+def task_of(config: TaskConfig, *, with_source: bool = True) -> Task:
+    """Build the task. Raises ConfigError naming the key that does not fit, DataError for a file that is not there.
+
+    with_source: False for the form of its rows alone, wherever its files are.
+    """
     where = f"tasks: {config.name}"
     labels = tuple((config.labels or {}).items())
     # A label map already lists everything that can be said.
@@ -64,7 +76,8 @@ def task_of(config: TaskConfig) -> Task:
     target = template(config.target, f"{where}: target") if set("{}") & set(config.target) else _field(config.target)
     numeric = any(m in _NUMBER_METRICS for m in config.metrics)
     examples = TemplateExamples(template(config.input, f"{where}: input"), target, labels, choices, numeric)
-    return Task(config.name, _source(config), examples, tuple(config.metrics), choices, config.weight)
+    source = _source(config) if with_source else FileSource({})
+    return Task(config.name, source, examples, tuple(config.metrics), choices, config.weight)
 
 
 def template(pattern: str, where: str) -> Template:

@@ -161,10 +161,13 @@ def _rows(name: str, make: Make, num_labels: int, split: str) -> Iterator[Row]:
 def _examples(name: str, template: str, choices: tuple[str, ...], row: Row, split: str) -> Iterator[Example]:
     """Yield the row as one example. Without choices the target is the score, rounded to 0.2, as T5 writes STS-B."""
     try:
-        text, label = template.format_map(row), row["label"]
+        text = template.format_map(row)
+        label = row.get("label", -1) if split == "test" else row["label"]
     except KeyError as missing:
         raise DataError(f"{name}: field {missing} is missing from a {split} row that has {', '.join(row)}") from None
-    if choices:
+    if label in (-1, None) and split == "test":
+        yield Example(text, "", choices)
+    elif choices:
         yield Example(text, choices[label], choices)
     else:
         yield Example(text, f"{round(label * 5) / 5:.1f}", value=float(label))

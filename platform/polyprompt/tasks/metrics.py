@@ -172,10 +172,15 @@ def wsc_accuracy(predictions: Sequence[str], references: Sequence[Example]) -> f
     right = []
     for prediction, reference in zip(predictions, references, strict=True):
         label = bool(_value(reference, "wsc_accuracy needs the row's label as a value"))
-        said = _bare(prediction)
         # An empty prediction names nobody; without this it would be right for every false candidate.
-        right.append(bool(said) and _same_referent(said, _bare(reference.target)) == label)
+        right.append(bool(_bare(prediction)) and names_candidate(prediction, reference.target) == label)
     return float(np.mean(right))
+
+
+def names_candidate(prediction: str, candidate: str) -> bool:
+    """WSC: does the generated referent name the row's candidate? An empty one does not."""
+    said = _bare(prediction)
+    return bool(said) and _same_referent(said, _bare(candidate))
 
 
 def _bare(phrase: str) -> list[str]:

@@ -91,7 +91,7 @@ def _starred(passage: str, pronoun: str, index: int) -> str:
     words = passage.split(" ")
     for i in sorted(range(max(0, index - 2), min(len(words), index + 3)), key=lambda i: abs(i - index)):
         bare = words[i].strip(string.punctuation)
-        if bare.lower() == pronoun.lower():
+        if bare.lower() == pronoun.strip(string.punctuation).lower():
             words[i] = words[i].replace(bare, f"*{bare}*", 1)
             return " ".join(words)
     raise DataError(f"field 'span2_text' is {pronoun!r}, which is not at word {index} of the text {passage!r}")

@@ -1,7 +1,7 @@
 """A user's plain text as a task, written in YAML."""
 
-from polyprompt.config import TextConfig, TextTaskConfig
 from polyprompt.errors import ConfigError, DataError, hint
+from polyprompt.task_configs import TextConfig, TextTaskConfig
 from polyprompt.tasks.records import HubSource, TextSource, TextTask
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
