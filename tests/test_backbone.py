@@ -239,13 +239,9 @@ def test_embedded_loads_and_its_tokenizer_fits() -> None:
     assert loaded.embed(ids).shape == (1, ids.shape[1], loaded.dims(1).hidden)
 
 
-def test_embedded_without_weights_is_drawn_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(tiny.folder(), tmp_path / "embedded")
-    (tmp_path / "embedded" / "model.safetensors").unlink()
-    monkeypatch.setattr(backbone, "EMBEDDED", tmp_path / "embedded")
-    first, same, other = (
-        backbone.load(BackboneConfig(), train=True, precision="fp32", seed=s).identity() for s in (1, 1, 2)
-    )
+def test_untrained_weights_are_drawn_from_the_seed() -> None:
+    config = BackboneConfig(name=str(tiny.folder()), init="random")
+    first, same, other = (backbone.load(config, train=True, precision="fp32", seed=s).identity() for s in (1, 1, 2))
     assert first == same
     assert first["sha256"] != other["sha256"]
 

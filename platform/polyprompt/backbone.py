@@ -156,7 +156,7 @@ def load(
     precision: Literal["fp32", "bf16"],
     seed: int,
 ) -> Backbone:
-    """Load the backbone on the CPU, in eval mode; the seed is for `embedded` while it ships without weights.
+    """Load the backbone on the CPU, in eval mode; the seed is for `init: random`.
 
     Frozen weights are stored in bf16 under that precision; trained ones stay fp32 and compute under autocast.
     Raises ConfigError naming the backbone, the cause and the mend.
@@ -175,7 +175,7 @@ def load(
                 if hasattr(model_config, key):
                     setattr(model_config, key, config.dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, **origin)
-        if config.init == "random" or (embedded and not (EMBEDDED / "model.safetensors").exists()):
+        if config.init == "random":
             model = _random_model(model_config, config.attention, seed)
         else:
             model = _load_model(config, source, model_config, origin)
@@ -242,7 +242,8 @@ def _random_model(model_config: Any, attention: str, seed: int) -> Any:
 def _spread_position_biases(model: Any) -> None:
     """Start the position biases from N(0, 2²), so that heads look at different neighbours from the first step on.
 
-    From T5's own start a model this small needs twice the examples before it compares two words at all.
+    From T5's own start a small model needs twice the examples before it compares two words at all (measured on one of
+    3 + 1 layers of size 64 on the embedded suite).
     """
     for name, parameter in model.named_parameters():
         if "relative_attention_bias" in name:
