@@ -3,7 +3,8 @@
     python jobs/make_skills.py --corpus NOVELS.txt.gz BOOKS.txt.gz --out DIR [--rows 20000] [--seed 0] [--tasks NAME]
 
 Writes DIR/<task>/{train,validation}.jsonl with rows {"input", "target", "choices" where the answer is one of a few},
-and DIR/grammar.txt.gz. The same arguments give the same bytes. jobs/skills/__init__.py says what is kept out.
+DIR/<task>/{own,signs}.jsonl with those training rows that ask in the task's one usual way, naming its own label words or
+others (skills/frames.py), and DIR/grammar.txt.gz. The same arguments give the same bytes. jobs/skills/__init__.py says what is kept out.
 """
 
 import argparse
@@ -83,8 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         books = read_books(args.corpus)
         for name in track(args.tasks, description="tasks"):
             rows = drafts(name, MAKERS[name], books, args.rows + args.validation_rows, args.seed)
-            write_rows(args.out / name / "train.jsonl", rows[args.validation_rows :])
+            training = rows[args.validation_rows :]
+            write_rows(args.out / name / "train.jsonl", training)
             write_rows(args.out / name / "validation.jsonl", rows[: args.validation_rows])
+            for wording in ("own", "signs"):
+                if alike := [row for row in training if row.wording == wording]:
+                    write_rows(args.out / name / f"{wording}.jsonl", alike)
         # No time in the header, so that the same text gives the same bytes.
         with (args.out / "grammar.txt.gz").open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as out:
             for number, line in enumerate(lines(args.seed, args.grammar_lines)):

@@ -27,11 +27,11 @@ sys.path.insert(0, str(ROOT / "jobs"))
 import make_skills  # noqa: E402
 from skills import book_text, leaks  # noqa: E402
 from skills.catalog import MAKERS  # noqa: E402
-from skills.frames import PLAIN, Draft  # noqa: E402
+from skills.frames import COMMON, PLAIN, Draft  # noqa: E402
 
 ROWS, VALIDATION_ROWS, GRAMMAR_LINES = 200, 40, 150
 #: sha256 of everything that the small corpus below gives. Changed words or templates change it on purpose.
-DIGEST = "68581f40a66ae3c0cb50d8c6613a0cf00688842ec3ca2f6e0ed4cd970ca9f145"
+DIGEST = "8e95fc9d819b0622be2b8325ec2b68d11bc1041dbe514236beb1c74a8420edee"
 
 Row = dict[str, Any]
 every_task = pytest.mark.parametrize("name", list(MAKERS))
@@ -94,6 +94,18 @@ def test_rows_are_the_same_everywhere(folder: Path) -> None:
         for split in ("train", "validation"):
             digest.update((folder / name / f"{split}.jsonl").read_bytes())
     assert digest.hexdigest() == DIGEST
+
+
+def test_rows_of_one_wording_stand_alone_too(folder: Path) -> None:
+    """In them the label words stand behind the question, in the order of the labels."""
+    for wording in ("own", "signs"):
+        chosen = rows(folder, "opinion", wording)
+        assert 0.2 * ROWS < len(chosen) < 0.6 * ROWS
+        assert {row["input"] for row in chosen} <= {row["input"] for row in rows(folder, "opinion", "train")}
+        for row in chosen:
+            assert row["input"].startswith(f"kind or unkind , {' or '.join(row['choices'])} : ")
+            assert (set(row["choices"]) == {"kind", "unkind"}) == (wording == "own")
+    assert not (folder / "copy" / "own.jsonl").exists()
 
 
 def test_another_seed_gives_other_rows(folder: Path, tmp_path: Path) -> None:
@@ -201,12 +213,17 @@ def held(folder: Path, *names: str) -> str:
 
 def test_the_suites_forms_are_not_asked_the_suites_question(folder: Path) -> None:
     def words_of(*names: str) -> set[str]:
-        """Words of the inputs; a row's own label words may be any."""
+        """Words of the inputs but names that tell nothing; a row's own label words may be any."""
         made = [row for name in names for row in rows(folder, name)]
-        return {w for row in made for w in set(re.findall(r"[A-Za-z]+", row["input"])) - set(row.get("choices", ()))}
+        free = [{*row.get("choices", ()), *COMMON} for row in made]
+        return {
+            w for row, any_ in zip(made, free, strict=True) for w in {*re.findall(r"[A-Za-z]+", row["input"])} - any_
+        }
 
-    assert not re.search(r"the \w+ was ", held(folder, "opinion", "kinder", "turn_of_mind"))
-    assert not words_of("agreement") & {"was", "were"}
+    praise = held(folder, "opinion", "kinder", "turn_of_mind")
+    assert not re.search(rf"\b({'|'.join(suite.THINGS)}) was ", praise)
+    assert " but " not in praise
+    assert not re.search(rf"\b(was|were) ({'|'.join(suite.QUALITIES)})\b", held(folder, "agreement"))
     assert not words_of("follows") & {"all", "most", "several", "some", "few"}
     assert not words_of("closeness", "steps_between", "nearer") & {*suite.NAMES, *suite.ACTIONS}
     assert not re.search(r"the \w+ with \w+ and \w+", held(folder, "sense", "alike", "topic"))

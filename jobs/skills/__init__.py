@@ -12,8 +12,9 @@ Not in any row, which tests/test_skills.py holds:
    as answers to other questions. A word that a model was never trained to write cannot be had from it by a prompt.
 2. A row of the embedded suite, train or validation: no skill row, and no line of the grammar text, holds all texts of
    one (leaks.py). No benchmark's data are used at all.
-3. The suite's question about the suite's form. Praise is judged of words and phrases, not of "the <thing> was ...";
-   agreement in other sentences of other nouns in the present tense, or as a gap to fill; three-way inference is about
+3. The suite's question about the suite's sentences. Praise is judged of words, phrases and short sentences about other
+   things, without a turn at "but"; agreement in sentences with other states and mostly other nouns, determiners and
+   verbs, was and were among them, or as a gap to fill; three-way inference is about
    kinds, colours, numbers and places, never quantities; closeness is about two words, never sentences, on another
    scale; senses are named, never compared; facts are about other things and checked, not asked; synonymous sentences
    have other verbs, people and tenses; cause and effect are asked of other events.

@@ -17,11 +17,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Draft:
-    """One row: what is asked, the answer, and the answers to choose between (() for free text)."""
+    """One row: what is asked, the answer, and the answers to choose between (() for free text).
+
+    wording: "own" where the question is put in its one usual way with its own label words, "signs" where it is with
+    signs; "" otherwise.
+    """
 
     input: str
     target: str
     choices: tuple[str, ...] = ()
+    wording: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,12 @@ def judge(
     rest say which word stands for which label, mostly words that have nothing to do with it.
     """
     if rng.random() < PLAIN:
-        named = asks[0].words if rng.random() < 0.5 else sign_words(rng, words, len(conditions))
-        return Draft(f"{asks[0].question} , {' or '.join(named)} : {body}", named[label], tuple(named))
+        own = rng.random() < 0.5
+        named = asks[0].words if own else sign_words(rng, words, len(conditions))
+        if rng.random() < 0.5:  # a name that tells nothing, so that one before the text does no harm
+            body = f"{rng.choice(COMMON)} : {body}"
+        question = f"{asks[0].question} , {' or '.join(named)} : {body}"
+        return Draft(question, named[label], tuple(named), "own" if own else "signs")
     style, ask = rng.random(), rng.choice(asks)
     if style < 0.25:
         return Draft(place(rng, ask.question + "?", body), ask.words[label], ask.words)

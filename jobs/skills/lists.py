@@ -46,7 +46,7 @@ UNKIND = tuple(
     unjust unpleasant useless vain vicious vile violent vulgar wicked worthless wretched wrong""".split()
 )
 ROLES = tuple(
-    """man woman boy girl story tale song speech journey letter dinner house garden visit plan friend neighbour evening
+    """man woman boy girl story tale song speech journey dinner house garden visit plan friend neighbour evening
     party idea answer place town village play picture room voice walk concert guest master servant summer""".split()
 )
 

@@ -170,6 +170,9 @@ def _opinion(rng: Random, kind: bool) -> str:
         elif rng.random() < 0.2:
             phrase = f"{word} and {rng.choice(PRAISING if kind else BLAMING)}"
     phrase = f"{phrase} {noun}".strip()
+    if rng.random() < 0.5:
+        subject = f"{rng.choice(('the', 'this', 'that', 'my', 'our'))} {rng.choice(ROLES)}"
+        return f"{subject} {rng.choice(('is', 'seems', 'was', 'looked', 'has been'))} {phrase}"
     start = rng.choice(("", "", "it is ", "this seems ", "we found it ", "they call it ", "I think it "))
     return start + (phrase if start != "I think it " else f"is {phrase}")
 

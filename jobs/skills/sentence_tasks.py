@@ -104,7 +104,7 @@ _NOUNS = tuple(
     if one not in ("goose", "cab", "knife", "dove")
 )
 _VERBS = "stand wait remain belong come go sink turn fall rest".split()
-_STATES = "old new small large here there gone lost ready dear heavy useful strange ours yours".split()
+_STATES = "old new small large here there gone lost dear heavy useful strange ours yours".split()
 _NEAR = "of under from at beyond like".split()
 
 
@@ -114,11 +114,11 @@ def _agreeing(rng: Random, plural: bool) -> tuple[list[str], list[tuple[int, str
     noun, between = head[plural], other[rng.random() < 0.5]
     determiner = rng.choice((("that", "those"), ("this", "these"), ("the", "the"), ("one", "many"), ("every", "all")))
     middle = [rng.choice(_NEAR), "the", between] if rng.random() < 0.5 else []
-    kind = rng.randrange(4)
-    if kind == 0:
-        verb, rest = ("is", "are"), [rng.choice(_STATES)]
+    kind = rng.randrange(6)
+    if kind in (0, 4, 5):
+        verb, rest = ("is", "are") if kind == 0 else ("was", "were"), [rng.choice(_STATES)]
     elif kind == 1:
-        verb, rest = ("has", "have"), ["a", "name"] if rng.random() < 0.5 else ["been", rng.choice(_STATES[:8])]
+        verb, rest = ("has", "have"), ["a", "name"] if rng.random() < 0.5 else ["been", rng.choice(_STATES[:7])]
     elif kind == 2:
         now = rng.choice(_VERBS)
         verb, rest = (now + ("es" if now == "go" else "s"), now), rng.choice(WHERE).split()
@@ -132,7 +132,7 @@ def _agreeing(rng: Random, plural: bool) -> tuple[list[str], list[tuple[int, str
 
 
 def agreement(rng: Random, books: Books) -> Draft:
-    """Do noun, verb and determiner agree? Made sentences of other forms and other nouns than the embedded suite's."""
+    """Do noun, verb and determiner agree? Made sentences with other states, places and determiners beside the embedded suite's."""
     words, faults = _agreeing(rng, rng.random() < 0.5)
     at, wrong = rng.choice(faults)
     broken = [*words[:at], wrong, *words[at + 1 :]]
