@@ -3,8 +3,9 @@
     python jobs/make_skills.py --corpus NOVELS.txt.gz BOOKS.txt.gz --out DIR [--rows 20000] [--seed 0] [--tasks NAME]
 
 Writes DIR/<task>/{train,validation}.jsonl with rows {"input", "target", "choices" where the answer is one of a few},
-DIR/<task>/{own,signs}.jsonl with those training rows that ask in the task's one usual way, naming its own label words or
-others (skills/frames.py), and DIR/grammar.txt.gz. The same arguments give the same bytes. jobs/skills/__init__.py says what is kept out.
+DIR/<task>/{own,signs}.jsonl with those training rows that ask in the task's usual way, naming its own label words or
+others (skills/frames.py), and DIR/grammar.txt.gz. The same arguments give the same bytes. jobs/skills/__init__.py says
+what is kept out.
 """
 
 import argparse

@@ -132,7 +132,7 @@ def _agreeing(rng: Random, plural: bool) -> tuple[list[str], list[tuple[int, str
 
 
 def agreement(rng: Random, books: Books) -> Draft:
-    """Do noun, verb and determiner agree? Made sentences with other states, places and determiners beside the embedded suite's."""
+    """Do noun, verb and determiner agree? In sentences with other states than the embedded suite's."""
     words, faults = _agreeing(rng, rng.random() < 0.5)
     at, wrong = rng.choice(faults)
     broken = [*words[:at], wrong, *words[at + 1 :]]
