@@ -10,7 +10,7 @@ from typing import Any
 from polyprompt import checkpoint, tracking
 from polyprompt.errors import BundleError, ConfigError, DataError, hint
 from polyprompt.result import RunResult
-from polyprompt.run_folder import BUNDLES, RESULT, RUN
+from polyprompt.run_folder import RESULT, RUN, best_bundle
 from polyprompt.worker import METRICS
 
 EXPERIMENT = "experiment="
@@ -107,7 +107,6 @@ def _of_folder(folder: Path) -> Record | Absent:
     if not (folder / RESULT).is_file():
         return Absent(f"{record['name']} ({folder})", "it has not finished")
     result = RunResult.read(folder / RESULT)
-    bundle = Path(result.bundle)
     return Record(
         name=record["name"],
         run_id=result.run_id,
@@ -115,8 +114,7 @@ def _of_folder(folder: Path) -> Record | Absent:
         rows=_digests(record.get("rows"), record["data"]),
         result=result,
         histories=_jsonl(folder / METRICS, result),
-        # A run's folder may have been moved as a whole.
-        bundle=bundle if bundle.is_dir() else folder / BUNDLES / bundle.name,
+        bundle=best_bundle(folder, result),
         finished_ms=int((folder / RESULT).stat().st_mtime * 1000),
     )
 

@@ -101,9 +101,9 @@ class Waiting:
         self.rows += rows
         try:
             yield
+            self._answered += rows  # not those that are given up: they say nothing of the speed
         finally:
             self.rows -= rows
-            self._answered += rows
 
     def seconds(self) -> float:
         """Return about how long the waiting rows will take."""
