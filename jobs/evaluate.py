@@ -114,8 +114,8 @@ def _answered(task: "Task", predictor: "Predictor", options: argparse.Namespace)
     from rich.console import Console
     from rich.progress import track
 
-    from polyprompt.data import read_rows
     from polyprompt.errors import DataError
+    from polyprompt.reading import read_rows
 
     rows = list(islice(read_rows(task, options.split), options.limit))
     if not rows:

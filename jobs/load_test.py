@@ -220,8 +220,8 @@ class Test:
 def _rows(options: argparse.Namespace, offered: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
     """Return task → rows to ask. Raises ConfigError where there are none."""
     from polyprompt import sources
-    from polyprompt.data import read_rows
     from polyprompt.errors import DataError
+    from polyprompt.reading import read_rows
     from polyprompt.tasks import catalog
 
     models = [model for model in offered if options.model in (None, model["name"])]

@@ -17,7 +17,7 @@ TUNING = sorted((ROOT / "tuning").glob("*.py"))
 ONLY = {
     "ray": {"ray_train.py", "serving.py"},
     "mlflow": {"tracking.py", "study_tracking.py", "registry.py", "logged_models.py"},
-    "datasets": {"data.py"},
+    "datasets": {"data.py", "reading.py"},
     "peft": {"lora.py", "export.py"},
     "transformers": {"backbone.py", "decoder_only.py", "prompted_attention.py", "optim.py"},
 }

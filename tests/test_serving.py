@@ -27,10 +27,10 @@ from starlette.testclient import TestClient
 from test_registry import in_store
 
 from polyprompt import checkpoint, registry, serving, serving_desk, serving_models, tracking
-from polyprompt.data import read_rows
 from polyprompt.errors import ConfigError
 from polyprompt.predictor import Predictor, find_bundle
 from polyprompt.ray_train import run
+from polyprompt.reading import read_rows
 from polyprompt.recipe import check
 from polyprompt.serving_app import TOKEN_VARIABLE, make_app, watching
 from polyprompt.serving_batches import Batcher

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from polyprompt import submission
-from polyprompt.data import read_rows
 from polyprompt.errors import ConfigError, DataError
+from polyprompt.reading import read_rows
 from polyprompt.tasks import catalog
 
 ROOT = Path(__file__).parents[1]

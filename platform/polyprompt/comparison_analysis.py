@@ -20,10 +20,10 @@ from torch import Tensor
 from polyprompt import checkpoint, token_store
 from polyprompt.comparison_sources import Record
 from polyprompt.config import RunConfig
-from polyprompt.data import read_rows
 from polyprompt.errors import DataError, PolypromptError
 from polyprompt.model import PromptedModel, input_limit
 from polyprompt.plan import model_of
+from polyprompt.reading import read_rows
 from polyprompt.tasks import catalog
 from polyprompt.tasks.records import Example, Task
 

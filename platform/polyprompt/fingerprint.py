@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from polyprompt.data import IGNORED, collate
+from polyprompt.collation import IGNORED, collate
 from polyprompt.errors import BundleError
 from polyprompt.model import PromptedModel
 from polyprompt.tasks.records import TokenRow

@@ -14,7 +14,7 @@ import torch
 from polyprompt import backbone as backbones
 from polyprompt import checkpoint, token_store
 from polyprompt.checkpoint import Bundle
-from polyprompt.data import collate, length_batches
+from polyprompt.collation import collate, length_batches
 from polyprompt.errors import BundleError, DataError, hint
 from polyprompt.model import input_limit
 from polyprompt.plan import Load, model_of
