@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from polyprompt import checkpoint, registry, tracking
+from polyprompt import checkpoint, registry, tracking, tracking_store
 from polyprompt.errors import ConfigError
 from polyprompt.predictor import Predictor, find_bundle
 from polyprompt.pyfunc import Model
@@ -85,7 +85,7 @@ def test_a_registered_model_answers_as_the_bundle_does(
 
 def test_a_version_says_what_it_is(recorded: Path, uri: str) -> None:
     version = registry.register(recorded, NAME, uri)
-    client = tracking.client_of(uri)
+    client = tracking_store.client_of(uri)
     tags = client.get_model_version(NAME, version.number).tags
     backbone = checkpoint.read(find_bundle(recorded)).backbone
     assert tags["polyprompt.backbone_sha256"] == backbone["sha256"]
@@ -138,7 +138,7 @@ def test_a_run_of_before_rows_were_noted_is_registered(recorded: Path, uri: str)
     del record["rows"]
     (recorded / RUN).write_text(json.dumps(record))
     version = registry.register(recorded, NAME, uri)
-    tags = tracking.client_of(uri).get_model_version(NAME, version.number).tags
+    tags = tracking_store.client_of(uri).get_model_version(NAME, version.number).tags
     assert json.loads(tags[registry.DATA]) == record["data"]
 
 
@@ -148,7 +148,7 @@ def test_a_worse_version_does_not_become_champion(recorded: Path, uri: str, tmp_
     worse = registry.register(scored(recorded, tmp_path / "worse", -0.01), NAME, uri)
     with pytest.raises(ConfigError, match=r"version 2 of my-tasks scores worse than the champion, version 1: mean"):
         registry.promote(NAME, uri)
-    assert tracking.client_of(uri).get_registered_model(NAME).aliases == {"candidate": 2, "champion": 1}
+    assert tracking_store.client_of(uri).get_registered_model(NAME).aliases == {"candidate": 2, "champion": 1}
     better = registry.register(scored(recorded, tmp_path / "better", 0.01), NAME, uri)
     assert registry.promote(NAME, uri) == better
     with pytest.raises(ConfigError, match="scores worse"):

@@ -26,7 +26,7 @@ from schemathesis import GenerationMode
 from starlette.testclient import TestClient
 from test_registry import in_store
 
-from polyprompt import checkpoint, registry, serving, serving_desk, serving_models, tracking
+from polyprompt import checkpoint, registry, serving, serving_desk, serving_models, tracking_store
 from polyprompt.errors import ConfigError
 from polyprompt.predictor import Predictor, find_bundle
 from polyprompt.ray_train import run
@@ -718,7 +718,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one(
         second = registry.register(tmp_path / "run", "mine", uri)
         (weights,) = set(store.rglob(checkpoint.TENSORS)) - whole
         weights.write_bytes(b"not weights")
-        tracking.client_of(uri).set_registered_model_alias("mine", registry.CHAMPION, second.number)
+        tracking_store.client_of(uri).set_registered_model_alias("mine", registry.CHAMPION, second.number)
         while not (model := client.get("/models").json()["models"][0])["error"]:
             time.sleep(0.05)
         assert "is damaged" in model["error"]

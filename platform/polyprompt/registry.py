@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from polyprompt import __version__, checkpoint, fingerprint, section, tracking
+from polyprompt import __version__, checkpoint, fingerprint, section, tracking, tracking_store
 from polyprompt.config import TrackingConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.predictor import find_bundle
@@ -72,7 +72,7 @@ def register(run: Path, name: str, uri: str) -> Version:
     tasks = [task for task in catalog.forms(bundle.config) if task is not None]
     with tempfile.TemporaryDirectory() as folder, _store(uri):
         slim = checkpoint.without_optimizer(bundle.folder, Path(folder) / "bundle")
-        client = tracking.client_of(uri)
+        client = tracking_store.client_of(uri)
         logged = client.create_logged_model(
             client.get_run(record["run_id"]).info.experiment_id,
             name="model",
@@ -112,12 +112,12 @@ def register(run: Path, name: str, uri: str) -> Version:
         for task, score in scores.items():
             client.log_metric(
                 record["run_id"],
-                f"registered/{tracking.slug(task)}/score",
+                f"registered/{tracking_store.slug(task)}/score",
                 score,
                 step=int(result.best_step),
                 model_id=info.model_id,
                 dataset_name=task,
-                dataset_digest=f"{record['data'][task]}-validation"[: tracking.MAX_DIGEST_CHARACTERS],
+                dataset_digest=f"{record['data'][task]}-validation"[: tracking_store.MAX_DIGEST_CHARACTERS],
             )
         client.set_registered_model_alias(name, CANDIDATE, version.number)
     return version
@@ -131,7 +131,7 @@ def promote(name: str, uri: str, number: str | None = None) -> Version:
     """
     chosen = current(f"{ADDRESS}{name}/{number}" if number else f"{ADDRESS}{name}@{CANDIDATE}", uri)
     with _store(uri):
-        client = tracking.client_of(uri)
+        client = tracking_store.client_of(uri)
         # MLflow's sqlite store gives numbers, its server texts.
         aliases = {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
         champion = aliases.get(CHAMPION)
@@ -158,8 +158,8 @@ def current(address: str, uri: str) -> Version:
     from mlflow.exceptions import MlflowException
 
     name, which = parse(address)
-    with tracking.store_errors(uri), tracking.patience(retries=1, timeout_seconds=10):
-        client = tracking.client_of(uri)
+    with tracking_store.store_errors(uri), tracking_store.patience(retries=1, timeout_seconds=10):
+        client = tracking_store.client_of(uri)
         try:
             if which.startswith("@"):
                 return Version(name, str(client.get_model_version_by_alias(name, which[1:]).version))
@@ -267,7 +267,7 @@ def _store(uri: str) -> Iterator[None]:
 
     # MLflow writes what it is told into this variable, where every later run of this process would find it.
     before = os.environ.get("MLFLOW_TRACKING_URI")
-    with tracking.store_errors(uri), tracking.patience(retries=1, timeout_seconds=30):
+    with tracking_store.store_errors(uri), tracking_store.patience(retries=1, timeout_seconds=30):
         mlflow.set_tracking_uri(uri)
         try:
             yield
