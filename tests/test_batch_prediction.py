@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -192,9 +193,19 @@ def test_the_command(work: Work, trained_run: Path) -> None:
     assert "part 5/5" in done.stdout
     assert "23 rows are in" in done.stdout
     assert "5 of them have an error" in done.stdout
-    refused = job("--model", str(work.input.parent), *arguments[2:])
-    assert refused.returncode == 1
-    assert "holds no trained model" in refused.stderr
+
+
+def test_mistakes_are_one_clear_line(work: Work, trained_run: Path, job_here: Callable[..., Any]) -> None:
+    files = ["--input", str(work.input), "--output", str(work.output)]
+    for arguments, expected, message in (
+        (["--model", str(work.input.parent)], 1, "holds no trained model"),
+        (["--model", "models:/nobody"], 1, "names no version"),
+        (["--model", str(trained_run), "--part-rows", "0"], 2, "argument --part-rows: 0: expected at least 1"),
+        (["--model", str(trained_run), "--workers", "-1"], 2, "--workers -1: expected 0 or more"),
+    ):
+        status, _, said = job_here("predict", *arguments, *files)
+        assert (status, message in said) == (expected, True), said
+    assert not work.folder.exists()
 
 
 @pytest.mark.ray

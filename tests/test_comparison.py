@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -311,6 +311,7 @@ def test_baselines_that_are_none_or_several(records: list[Record]) -> None:
 
 def test_the_front_is_what_nothing_beats() -> None:
     assert comparison_plots.undominated([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9), (1, 0.3)]) == [1, 3, 0]
+    assert comparison_plots.undominated([(1, 0.5), (2, 0.4), (1, 0.5)]) == [0, 2], "equals do not beat each other"
 
 
 # --- what models do with their prompts
@@ -464,16 +465,15 @@ def test_names_cannot_break_the_page(records: list[Record], tmp_path: Path) -> N
     assert "<script>" not in page
 
 
-def test_mistakes_are_one_clear_line(demo: Demo, tmp_path: Path) -> None:
+def test_mistakes_are_one_clear_line(demo: Demo, tmp_path: Path, job_here: Callable[..., Any]) -> None:
     for arguments, message in (
         (["experiment=nothing"], "error: experiment 'nothing' is not in the tracking store"),
         (["experiment=demo", "--baseline", "lora"], "error: --baseline lora: no row is it"),
         (["experiment=demo", "--rows", "-1"], "--rows -1: expected 0 or more"),
     ):
-        done = compare(demo, tmp_path / "out", *arguments)
-        assert done.returncode != 0
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        status, _, said = job_here("compare", *arguments, "--uri", demo.uri, "--out", str(tmp_path / "out"))
+        assert status != 0
+        assert message in said
     assert not (tmp_path / "out").exists()
 
 

@@ -49,7 +49,7 @@ def undominated(points: Sequence[tuple[float, float]]) -> list[int]:
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     best, kept = -math.inf, []
     for i in order:
-        if points[i][1] > best:
+        if points[i][1] > best or (kept and points[i] == points[kept[-1]]):
             kept.append(i)
             best = points[i][1]
     return kept
