@@ -506,7 +506,10 @@ def test_models_stay_as_long_as_they_are_wanted(frozen_runs: list[Path], monkeyp
 
 
 def framed(app: Any, messages: list[Any], limits: Limits = LIMITS) -> list[Any]:
-    """Send a request through Frame alone; return what comes back. messages: what the server hears, None for silence."""
+    """Send a request through Frame alone, or one given; return what comes back.
+
+    messages: what the server hears, None for silence.
+    """
     sent: list[Any] = []
     hear = iter(messages)
 
@@ -520,7 +523,8 @@ def framed(app: Any, messages: list[Any], limits: Limits = LIMITS) -> list[Any]:
         sent.append(message)
 
     scope = {"type": "http", "path": "/predict", "headers": []}
-    asyncio.run(Frame(app, limits, Metrics(), lambda path: None)(scope, receive, send))
+    frame = app if isinstance(app, Frame) else Frame(app, limits, Metrics(), lambda path: None)
+    asyncio.run(frame(scope, receive, send))
     return sent
 
 
@@ -532,6 +536,21 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     start, body = framed(app, [part], replace(LIMITS, timeout_seconds=0.05))
     assert start["status"] == 408
     assert json.loads(body["body"])["error"]["code"] == "body_too_slow"
+
+
+def test_bodies_are_bounded_together_and_freed() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    limits = replace(LIMITS, held_bytes=10)
+    frame = Frame(app, limits, Metrics(), lambda path: None)
+    for _ in range(3):  # one after the other they have room
+        assert framed(frame, [{"type": "http.request", "body": b"12345678"}])[0]["status"] == 200
+    start, _ = framed(frame, [{"type": "http.request", "body": b"12345678901"}])
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert framed(frame, [{"type": "http.request", "body": b"1234567890"}])[0]["status"] == 200
 
 
 def test_a_caller_that_goes_away_frees_its_place() -> None:
