@@ -47,7 +47,7 @@ def front(comparison: Comparison) -> Figure:
 def undominated(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the places of the (cost, score) points that no other beats in one and equals in the other, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    best, kept = -math.inf, []
+    best, kept = -math.inf, list[int]()
     for i in order:
         if points[i][1] > best or (kept and points[i] == points[kept[-1]]):
             kept.append(i)
