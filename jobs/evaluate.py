@@ -3,8 +3,8 @@
     python jobs/evaluate.py --model SOURCE [--tasks NAME …] [--split validation] [--root DIR] [--out DIR]
     python jobs/evaluate.py --model SOURCE --split test --root DIR --submission DIR
 
-SOURCE: a run's folder (its best bundle) or a bundle. Every row counts, whatever limit the run had. --out gets
-scores.json; --submission a file for each task, in its server's form.
+SOURCE: a run's folder (its best bundle), a bundle, models:/NAME@ALIAS or models:/NAME/NUMBER. Every row counts,
+whatever limit the run had. --out gets scores.json; --submission a file for each task, in its server's form.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from polyprompt.command import exit_status
+from polyprompt.command import exit_status, positive
 from polyprompt.errors import ConfigError, hint
 
 if TYPE_CHECKING:
@@ -34,21 +34,23 @@ CHUNK = 2000
 def main() -> int:
     """Read the command line, score, show a table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="SOURCE")
+    parser.add_argument("--model", required=True, metavar="SOURCE")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the model's tasks (all)")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--root", type=Path, help="as data.root (the run's own)")
-    parser.add_argument("--limit", type=int, help="only the first rows of each task")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--limit", type=positive, help="only the first rows of each task")
+    parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--mode", choices=("rank", "generate"), help="as evaluate.mode (the run's own)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--backbone", help="where the backbone is now, if not where it was in training")
+    parser.add_argument("--uri", help="of the tracking store, for models:/…")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for scores.json")
     parser.add_argument("--submission", type=Path, metavar="DIR", help="for the servers' files")
     options = parser.parse_args()
-    for name in ("limit", "batch_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    for name in ("out", "submission"):
+        folder = getattr(options, name)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            parser.error(f"--{name} {folder} is a file; name a folder")
     return exit_status(lambda: evaluate(options), stopped="stopped")
 
 
@@ -57,12 +59,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from polyprompt import submission
-    from polyprompt.predictor import Predictor, find_bundle
+    from polyprompt import registry, submission
+    from polyprompt.predictor import Predictor
     from polyprompt.result import plain, write_whole
     from polyprompt.tasks import catalog, metrics
 
-    predictor = Predictor(find_bundle(options.model), backbone=options.backbone, device=options.device)
+    with registry.opened(options.model, options.uri) as bundle:
+        predictor = Predictor(bundle, backbone=options.backbone, device=options.device)
     root = options.root or predictor.config.data.root
     names = _asked(predictor, options)
     entries = [entry for entry in predictor.config.tasks if (entry if isinstance(entry, str) else entry.name) in names]
@@ -111,8 +114,8 @@ def _answered(task: "Task", predictor: "Predictor", options: argparse.Namespace)
     from rich.console import Console
     from rich.progress import track
 
-    from polyprompt.data import read_rows
     from polyprompt.errors import DataError
+    from polyprompt.reading import read_rows
 
     rows = list(islice(read_rows(task, options.split), options.limit))
     if not rows:

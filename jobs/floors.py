@@ -24,8 +24,8 @@ from sklearn.pipeline import make_pipeline
 
 from polyprompt import recipe
 from polyprompt.config import DataConfig
-from polyprompt.data import read_examples
 from polyprompt.errors import PolypromptError
+from polyprompt.reading import read_examples
 from polyprompt.tasks import catalog, metrics
 from polyprompt.tasks.records import Example, Task, TextTask
 

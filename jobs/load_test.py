@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from polyprompt.command import exit_status
@@ -53,17 +55,17 @@ class Load:
         """Answered requests a second."""
         return len(self.seconds) / self.passed
 
-    def percentile(self, share: float) -> float:
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+    def milliseconds(self, percent: float) -> int:
+        """A percentile of the answered requests; 0 where there are none."""
+        return round(1000 * float(np.percentile(self.seconds, percent))) if self.seconds else 0
 
     def table(self) -> dict[str, Any]:
         return {
             "answered": len(self.seconds),
             "answered_per_second": round(self.rate, 1),
-            "p50_ms": round(1000 * self.percentile(0.5)),
-            "p99_ms": round(1000 * self.percentile(0.99)),
-            "max_ms": round(1000 * max(self.seconds, default=0)),
+            "p50_ms": self.milliseconds(50),
+            "p99_ms": self.milliseconds(99),
+            "max_ms": self.milliseconds(100),
             "statuses": dict(sorted(self.statuses.items())),
             "lost": dict(self.lost),
             "unsent": self.unsent,
@@ -180,6 +182,9 @@ class Test:
         for name in stages:
             self._show(name)
         # The same number of rows of each task, one task after the other, would take the mean of their times.
+        idle = [name for name in stages if not self.found[name].rate]
+        if idle:
+            raise ConfigError(f"no request of {', '.join(idle)} was answered; the lines above say what came back")
         alone = statistics.harmonic_mean([self.found[task].rate for task in self.rows])
         capacity = self.found[MIXED].rate
         print(f"mixed / single-task throughput: {capacity / alone:.3f}")
@@ -215,8 +220,8 @@ class Test:
 def _rows(options: argparse.Namespace, offered: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
     """Return task → rows to ask. Raises ConfigError where there are none."""
     from polyprompt import sources
-    from polyprompt.data import read_rows
     from polyprompt.errors import DataError
+    from polyprompt.reading import read_rows
     from polyprompt.tasks import catalog
 
     models = [model for model in offered if options.model in (None, model["name"])]

@@ -2,10 +2,11 @@
 
     python jobs/predict.py --model SOURCE --input FILE --output FILE [--workers N]
 
-SOURCE: a run's folder (its best bundle) or a bundle. FILE: .jsonl, .jsonl.gz, .csv or .parquet, any size. A row has
-`task`, and the task's own fields or `input`, the finished text. The output has `task`, `input`, `prediction`, `score`
-(log-likelihood, nats), `choice_scores` and `error`, a line for each row, in the input's order; a row that does not fit
-has its error there and stops nothing. The same command again goes on where a stopped one was.
+SOURCE: a run's folder (its best bundle), a bundle, models:/NAME@ALIAS or models:/NAME/NUMBER. FILE: .jsonl, .jsonl.gz,
+.csv or .parquet, any size. A row has `task`, and the task's own fields or `input`, the finished text. The output has
+`task`, `input`, `prediction`, `score` (log-likelihood, nats), `choice_scores` and `error`, a line for each row, in the
+input's order; a row that does not fit has its error there and stops nothing. The same command again goes on where a
+stopped one was.
 """
 
 import argparse
@@ -19,31 +20,32 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from polyprompt.command import exit_status
+from polyprompt.command import exit_status, positive
 
 
 def main() -> int:
     """Read the command line, answer, and say what came of it; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="SOURCE")
+    parser.add_argument("--model", required=True, metavar="SOURCE")
     parser.add_argument("--input", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--workers", type=int, default=0, help="processes on Ray (0: this process alone)")
     parser.add_argument("--gpu", action="store_true", help="one GPU for each process")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--part-rows", type=int, default=2000, help="rows that are answered and kept at a time")
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--part-rows", type=positive, default=2000, help="rows that are answered and kept at a time")
     parser.add_argument("--mode", choices=("rank", "generate"), help="as evaluate.mode (the run's own)")
     parser.add_argument("--backbone", help="where the backbone is now, if not where it was in training")
+    parser.add_argument("--uri", help="of the tracking store, for models:/…")
     options = parser.parse_args()
-    for name in ("batch_size", "part_rows"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
     if options.workers < 0:
         parser.error(f"--workers {options.workers}: expected 0 or more")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
     def act() -> int:
-        num_rows, num_failed = predict(options)
+        from polyprompt import registry
+
+        with registry.opened(options.model, options.uri) as bundle:
+            num_rows, num_failed = predict(bundle, options)
         failed = f"; {num_failed} of them have an error instead of an answer" if num_failed else ""
         print(f"{num_rows} rows are in {options.output}{failed}")
         return 0
@@ -51,14 +53,13 @@ def main() -> int:
     return exit_status(act, stopped="stopped; the same command goes on from what is answered")
 
 
-def predict(options: argparse.Namespace) -> tuple[int, int]:
+def predict(bundle: Path, options: argparse.Namespace) -> tuple[int, int]:
     """Answer the file; return how many rows there are and how many failed. Raises PolypromptError."""
     from polyprompt import batch_prediction
-    from polyprompt.predictor import find_bundle
     from polyprompt.report import Progress
 
     work = batch_prediction.Work(
-        bundle=find_bundle(options.model.absolute()),
+        bundle=bundle,
         input=options.input.absolute(),
         output=options.output.absolute(),
         mode=options.mode,

@@ -45,6 +45,11 @@ def main() -> int:
     for name in positive:
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected more than 0")
+    if options.max_waiting < options.max_rows:
+        parser.error(
+            f"--max-waiting {options.max_waiting}: a request of --max-rows {options.max_rows} would never be taken; "
+            "expected at least as many"
+        )
     if not 0 <= options.port < 2**16:
         parser.error(f"--port {options.port}: expected 0 to 65535")
     if options.max_rate < 0:

@@ -1,11 +1,13 @@
 """Fixtures that several rooms share: a tiny T5 in a folder, small task files, one Ray cluster for the session."""
 
 import gzip
+import importlib.util
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -152,6 +154,29 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path
     out = root / "run"
     run(check(table), out=out, say=lambda line: None)
     return out
+
+
+@pytest.fixture
+def job_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a job's command line in this process, which saves its imports: name, arguments → status, stdout, stderr."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        path = ROOT / "jobs" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"job_{name}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        try:
+            status = module.main()
+        except SystemExit as ended:  # argparse
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,29 @@ def test_columns_of_other_tasks_stay_empty(work: Work, predictor: Predictor, tmp
     assert answer_all(timed, predictor) == (2, 1)
 
 
+def test_no_row_stops_the_others(work: Work, predictor: Predictor) -> None:
+    """What a line can hold that JSON, tokenizers or files do not take."""
+    good = {"task": "my/larger", "text": "3 and 5\u2028\x85\u2029"}
+    rows = [
+        json.dumps(good),
+        json.dumps({"task": "my/larger", "text": "x\ud800"}),
+        json.dumps({"task": ["my/larger"], "text": "1"}),
+        json.dumps({"task": "embedded/similarity", "input": "x", "choices": 5}),
+        json.dumps({"error": 5}),
+        "[" * 100_000,
+        '{"task": "my/larger", "text": %s}' % ("1" * 5000),
+        json.dumps(good, ensure_ascii=False),
+    ]
+    work.input.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        assert answer_all(replace(work, output=work.output.with_suffix(suffix)), predictor) == (8, 6)
+    with work.output.open(encoding="utf-8", newline="\n") as file:
+        first, *others, last = map(json.loads, file)
+    assert first["input"] == last["input"] == "compare: 3 and 5\u2028\x85\u2029"
+    assert all(row["error"] for row in others)
+    assert f"{work.input}:2: the row holds half of a surrogate pair" in others[0]["error"]
+
+
 def test_other_work_in_the_same_place_is_refused(work: Work) -> None:
     cut(work)
     with pytest.raises(ConfigError, match=r"parts of another mode, part_rows than"):
@@ -146,6 +171,8 @@ def test_other_work_in_the_same_place_is_refused(work: Work) -> None:
 def test_bad_files_are_refused(work: Work, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out\.txt: unknown file type; expected one of \.jsonl, \.csv, \.parquet"):
         cut(Work(work.bundle, work.input, tmp_path / "out.txt"))
+    with pytest.raises(ConfigError, match="is a folder or the input itself"):
+        cut(Work(work.bundle, work.input, work.input))
     with pytest.raises(DataError, match="does not exist"):
         cut(Work(work.bundle, tmp_path / "absent.jsonl", work.output))
     work.input.write_text("")
@@ -166,9 +193,19 @@ def test_the_command(work: Work, trained_run: Path) -> None:
     assert "part 5/5" in done.stdout
     assert "23 rows are in" in done.stdout
     assert "5 of them have an error" in done.stdout
-    refused = job("--model", str(work.input.parent), *arguments[2:])
-    assert refused.returncode == 1
-    assert "holds no trained model" in refused.stderr
+
+
+def test_mistakes_are_one_clear_line(work: Work, trained_run: Path, job_here: Callable[..., Any]) -> None:
+    files = ["--input", str(work.input), "--output", str(work.output)]
+    for arguments, expected, message in (
+        (["--model", str(work.input.parent)], 1, "holds no trained model"),
+        (["--model", "models:/nobody"], 1, "names no version"),
+        (["--model", str(trained_run), "--part-rows", "0"], 2, "argument --part-rows: 0: expected at least 1"),
+        (["--model", str(trained_run), "--workers", "-1"], 2, "--workers -1: expected 0 or more"),
+    ):
+        status, _, said = job_here("predict", *arguments, *files)
+        assert (status, message in said) == (expected, True), said
+    assert not work.folder.exists()
 
 
 @pytest.mark.ray

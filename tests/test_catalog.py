@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from polyprompt.config import RunConfig
-from polyprompt.data import read_examples
 from polyprompt.errors import ConfigError, DataError
+from polyprompt.reading import read_examples
 from polyprompt.recipe import check
 from polyprompt.tasks.catalog import CATALOGUE, resolve
 from polyprompt.tasks.metrics import check_names

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -279,6 +279,27 @@ def test_scores_that_are_all_the_same_are_neither_marked_nor_best(records: list[
     assert [(cell.mark, cell.best) for cell in cells] == [("", False), ("", False)]
 
 
+def test_a_difference_that_is_the_same_in_each_seed_is_no_certainty(records: list[Record]) -> None:
+    one = records[3]
+    base = [scored(one, seed, shift=0.1 * seed) for seed in range(3)]
+    more = [scored(one, seed, shift=0.1 * seed + 0.05, **{"method.reduction": "8"}) for seed in range(3)]
+    other = [scored(one, seed, shift=0.1, **{"method.reduction": "16"}) for seed in range(5, 8)]
+    flat = [scored(one, seed, **{"method.reduction": "32"}) for seed in range(3)]
+    (made,), _ = comparison.compare([*base, *more], baseline="hyperprompt (reduction=4)")
+    (flat_made,), _ = comparison.compare([*flat, *other], baseline="hyperprompt (reduction=32)")
+    for comparison_made in (made, flat_made):
+        cell = comparison_page.cell(comparison_made, comparison_made.settings[1], "mean")
+        assert (cell.mark, cell.best) == ("", True)
+        assert cell.tip.endswith("not tested: no spread")
+        assert comparison_made.num_tests == 0
+
+
+def test_a_label_is_no_formula(records: list[Record]) -> None:
+    runs = [scored(records[0], 1, **{"method.init_text": text}) for text in ("$\\oops$", "b")]
+    (made,), _ = comparison.compare(runs)
+    assert comparison_plots.svg(comparison_plots.front(made)).startswith("<svg")
+
+
 def test_baselines_that_are_none_or_several(records: list[Record]) -> None:
     with pytest.raises(ConfigError, match=r"--baseline smo: no row is it.*hyperprompt.*Did you mean 'smop'"):
         comparison.compare(records, baseline="smo")
@@ -290,6 +311,7 @@ def test_baselines_that_are_none_or_several(records: list[Record]) -> None:
 
 def test_the_front_is_what_nothing_beats() -> None:
     assert comparison_plots.undominated([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9), (1, 0.3)]) == [1, 3, 0]
+    assert comparison_plots.undominated([(1, 0.5), (2, 0.4), (1, 0.5)]) == [0, 2], "equals do not beat each other"
 
 
 # --- what models do with their prompts
@@ -322,8 +344,13 @@ def test_attention_similarity_and_usage_are_what_the_formulas_say(demo: Demo) ->
             on_prompts = query @ made.encoder.keys_LBNPD[0, task].transpose(1, 2)
             weights = torch.cat([on_prompts, query @ key.transpose(1, 2) + bias], dim=2).softmax(dim=2)
             assert seen.attention["encoder"][task, 0] == pytest.approx(float(weights[:, :, :3].sum(2).mean()), rel=1e-5)
+            text = weights[:, :, 3:] / weights[:, :, 3:].sum(2, keepdim=True)
+            highest = math.log(text.shape[2])
+            entropy = float(-(text * text.log()).sum(2).mean()) / highest
+            assert seen.entropy["encoder"][task, 0] == pytest.approx(entropy, rel=1e-5)
     assert seen.attention["decoder"].shape == (2, 2)
     assert 0 < seen.even["encoder"] < seen.even["decoder"] < 1
+    assert ((seen.entropy["decoder"] > 0) & (seen.entropy["decoder"] <= 1)).all()
 
 
 def test_usage_counts_the_likeliest_prompts(demo: Demo) -> None:
@@ -331,7 +358,7 @@ def test_usage_counts_the_likeliest_prompts(demo: Demo) -> None:
     seen = comparison_analysis.analyse(bundle, num_rows=10)
     opened = checkpoint.read(bundle)
     model, data = build(opened.config, opened)
-    assert seen.similarity == {}
+    assert seen.similarity == seen.entropy == {}
     assert seen.usage is not None
     for task, own in enumerate(data):
         picked = []
@@ -390,6 +417,7 @@ def test_the_job_leaves_a_page_that_needs_nothing_else(demo: Demo, tmp_path: Pat
     assert links.tags.count("svg") >= 8
     for text in (
         "Not all runs compare with each other", "other rows of embedded/nli, embedded/wic", "Router of smop",
+        "Entropy of attention over the text",
         "Similarity of the tasks&#39; prompts, hyperprompt", "Attention on prompts, hyperprompt", "(baseline)",
         "Learning curves", "Score against cost", "two-sided paired t test",
     ):  # fmt: skip
@@ -437,16 +465,15 @@ def test_names_cannot_break_the_page(records: list[Record], tmp_path: Path) -> N
     assert "<script>" not in page
 
 
-def test_mistakes_are_one_clear_line(demo: Demo, tmp_path: Path) -> None:
+def test_mistakes_are_one_clear_line(demo: Demo, tmp_path: Path, job_here: Callable[..., Any]) -> None:
     for arguments, message in (
         (["experiment=nothing"], "error: experiment 'nothing' is not in the tracking store"),
         (["experiment=demo", "--baseline", "lora"], "error: --baseline lora: no row is it"),
         (["experiment=demo", "--rows", "-1"], "--rows -1: expected 0 or more"),
     ):
-        done = compare(demo, tmp_path / "out", *arguments)
-        assert done.returncode != 0
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        status, _, said = job_here("compare", *arguments, "--uri", demo.uri, "--out", str(tmp_path / "out"))
+        assert status != 0
+        assert message in said
     assert not (tmp_path / "out").exists()
 
 

@@ -17,22 +17,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from polyprompt.data import (
-    IGNORED,
-    Batch,
-    Split,
-    TaskData,
-    TokenRow,
-    collate,
-    length_batches,
-    majority,
-    prepare,
-    read_examples,
-)
+from polyprompt.collation import IGNORED, Batch, collate, length_batches
+from polyprompt.data import Split, TaskData, majority, prepare
 from polyprompt.errors import DataError
+from polyprompt.reading import read_examples
 from polyprompt.recipe import check
 from polyprompt.tasks.catalog import CATALOGUE, resolve
-from polyprompt.tasks.records import Example, GeneratedSource, HubSource, Row, Source, Task
+from polyprompt.tasks.records import Example, GeneratedSource, HubSource, Row, Source, Task, TokenRow
 from polyprompt.token_store import is_whole
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from polyprompt import backbone, checkpoint, methods, pretrained
+from polyprompt.collation import collate
 from polyprompt.config import (
     BackboneConfig,
     FullConfig,
@@ -28,7 +29,6 @@ from polyprompt.config import (
     RunConfig,
 )
 from polyprompt.costs import inference_flops
-from polyprompt.data import collate
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import KeyValues, Prompts, StackDims
 from polyprompt.model import PromptedModel, input_limit

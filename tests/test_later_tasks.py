@@ -123,6 +123,17 @@ def test_a_method_without_parts_of_a_task_is_refused(name: str) -> None:
         later_tasks.task_axes(run_config(config), method_of(config, 3), method_of(config, 2))
 
 
+def test_a_backbone_in_use_is_not_taken_out_of_eval_mode() -> None:
+    """A model is built in training mode, on a backbone that other threads may be using."""
+    model = test_methods.strong("hyperprompt sep")
+    model.training = True
+    model.method.train()
+    fingerprint.take(model, TASKS[:-1], "fp32")
+    assert model.training
+    assert model.method.training
+    assert not any(module.training for module in model.backbone.modules())
+
+
 def test_an_output_that_changed_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = test_methods.strong("hyperprompt sep")
     taken = json.loads(json.dumps(fingerprint.take(model, TASKS[:-1], "fp32")))

@@ -1,5 +1,6 @@
 """PromptedModel: loss, scoring of choices, generation, and what is trained."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def test_loss_is_the_summed_negative_log_likelihood(family: str) -> None:
         assert loss.tokens_B[row] == len(target)
     torch.testing.assert_close(loss.total, loss.nll_B.sum())
     assert loss.total.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_loss_in_one_thread_leaves_the_logits_of_another_whole() -> None:
+    input_ids, mask, labels, task = tiny.batch()
+    model = tiny.model(HYPER)
+    whole = model.logits(input_ids, mask, labels, task)
+    with model.backbone.logits_only_at(labels != -100), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(model.logits, input_ids, mask, labels, task).result(), whole)
+        assert len(model.logits(input_ids, mask, labels, task)) == int((labels != -100).sum())
 
 
 def test_loss_takes_labels_that_are_no_contiguous_memory() -> None:

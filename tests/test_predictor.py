@@ -109,6 +109,10 @@ def test_choices_may_be_generated(predictor: Predictor) -> None:
         ({"task": "my/larger", "text": None}, "field 'text' is null"),
         ({"task": "embedded/similarity", "input": "x", "choices": "yes"}, "expected a list of different texts"),
         ({"task": "embedded/similarity", "input": "x", "choices": ["a " * 200]}, "raise data.max_target_tokens"),
+        ({"task": "embedded/similarity", "input": "x", "choices": 5}, "expected a list of different texts"),
+        ({"task": "embedded/similarity", "input": "x", "choices": {"a": 1}}, "expected a list of different texts"),
+        ({"task": "embedded/similarity", "input": "x\ud800"}, "half of a surrogate pair"),
+        ({"task": ["my/larger"], "text": "1 and 2"}, "is not one of this model's"),
         ("my/larger", "a row must be a table of fields, not str"),
         ({"task": "embedded/nli", "premise": "a", "hypothesis": "b", "label": [1]}, "do not fit the task's format"),
     ],
@@ -147,3 +151,7 @@ def test_what_a_path_means(trained_run: Path, tmp_path: Path) -> None:
     assert find_bundle(unfinished) == checkpoint.newest_whole(unfinished / "bundles")
     with pytest.raises(BundleError, match="holds no trained model"):
         find_bundle(tmp_path)
+    # Another run may lie where a moved one was.
+    moved = tmp_path / "moved"
+    shutil.copytree(trained_run, moved)
+    assert find_bundle(moved) == moved / "bundles" / best.name

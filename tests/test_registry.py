@@ -1,17 +1,20 @@
 """Versions of trained models in a real MLflow store."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from polyprompt import checkpoint, registry, tracking
+from polyprompt import checkpoint, registry, tracking, tracking_store
 from polyprompt.errors import ConfigError
 from polyprompt.predictor import Predictor, find_bundle
+from polyprompt.pyfunc import Model
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
 from polyprompt.run_folder import RUN
@@ -82,7 +85,7 @@ def test_a_registered_model_answers_as_the_bundle_does(
 
 def test_a_version_says_what_it_is(recorded: Path, uri: str) -> None:
     version = registry.register(recorded, NAME, uri)
-    client = tracking.client_of(uri)
+    client = tracking_store.client_of(uri)
     tags = client.get_model_version(NAME, version.number).tags
     backbone = checkpoint.read(find_bundle(recorded)).backbone
     assert tags["polyprompt.backbone_sha256"] == backbone["sha256"]
@@ -102,17 +105,57 @@ def test_the_optimizer_is_left_out(recorded: Path, tmp_path: Path) -> None:
     assert checkpoint.read(slim).tensors.keys() == checkpoint.read(bundle).tensors.keys()
 
 
+def test_rows_of_any_kind_of_frame_are_answered(recorded: Path) -> None:
+    rows = [
+        {"task": "my/larger", "text": "3 and 5", "choices": pd.NA},
+        {"task": "embedded/similarity", "input": "x", "choices": np.array(["a", "b"])},
+    ]
+    frame = pd.DataFrame(rows).astype({"text": "string", "input": "string"})
+    answers = Model(find_bundle(recorded)).predict(frame)
+    assert answers["error"].tolist() == ["", ""]
+    assert list(json.loads(answers["choice_scores"][1])) == ["a", "b"]
+
+
+def test_a_version_is_a_source_of_bundles(recorded: Path, uri: str) -> None:
+    version = registry.register(recorded, NAME, uri)
+    for source in (f"models:/{NAME}@candidate", version.uri, str(recorded), str(find_bundle(recorded))):
+        with registry.opened(source, uri) as bundle:
+            assert checkpoint.read(bundle).weights == checkpoint.read(find_bundle(recorded)).weights
+
+
+def test_versions_that_are_not_there_are_named(recorded: Path, uri: str) -> None:
+    with pytest.raises(ConfigError, match="models:/nobody@candidate is not in the registry"):
+        registry.promote("nobody", uri)
+    registry.register(recorded, NAME, uri)
+    with pytest.raises(ConfigError, match="models:/my-tasks/7 is not in the registry"):
+        registry.promote(NAME, uri, "7")
+    with pytest.raises(ConfigError, match="expected models:/NAME"):
+        registry.promote(NAME, uri, "newest")
+
+
+def test_a_run_of_before_rows_were_noted_is_registered(recorded: Path, uri: str) -> None:
+    record = json.loads((recorded / RUN).read_text())
+    del record["rows"]
+    (recorded / RUN).write_text(json.dumps(record))
+    version = registry.register(recorded, NAME, uri)
+    tags = tracking_store.client_of(uri).get_model_version(NAME, version.number).tags
+    assert json.loads(tags[registry.DATA]) == record["data"]
+
+
 def test_a_worse_version_does_not_become_champion(recorded: Path, uri: str, tmp_path: Path) -> None:
     first = registry.register(recorded, NAME, uri)
     assert registry.promote(NAME, uri) == first
     worse = registry.register(scored(recorded, tmp_path / "worse", -0.01), NAME, uri)
     with pytest.raises(ConfigError, match=r"version 2 of my-tasks scores worse than the champion, version 1: mean"):
         registry.promote(NAME, uri)
-    assert tracking.client_of(uri).get_registered_model(NAME).aliases == {"candidate": 2, "champion": 1}
+    assert tracking_store.client_of(uri).get_registered_model(NAME).aliases == {"candidate": 2, "champion": 1}
     better = registry.register(scored(recorded, tmp_path / "better", 0.01), NAME, uri)
     assert registry.promote(NAME, uri) == better
     with pytest.raises(ConfigError, match="scores worse"):
         registry.promote(NAME, uri, worse.number)
+    registry.register(scored(recorded, tmp_path / "nothing", math.nan), NAME, uri)
+    with pytest.raises(ConfigError, match="scores worse"):
+        registry.promote(NAME, uri)
 
 
 def test_scores_on_other_rows_do_not_compare(recorded: Path, uri: str, tmp_path: Path) -> None:
@@ -147,6 +190,8 @@ def test_a_champion_that_learnt_one_more_task_is_promoted(recorded: Path, uri: s
 def test_runs_that_cannot_be_registered(trained_run: Path, recorded: Path, uri: str) -> None:
     with pytest.raises(ConfigError, match="trained with tracking off"):
         registry.register(trained_run, NAME, uri)
+    with pytest.raises(ConfigError, match="cannot be called 'a/b'"):
+        registry.register(recorded, "a/b", uri)
     (recorded / "result.json").unlink()
     with pytest.raises(ConfigError, match="not of a finished run"):
         registry.register(recorded, NAME, uri)

@@ -77,6 +77,13 @@ def test_result_survives_the_file(tmp_path: Path) -> None:
     assert isinstance(RunResult.read(path).loss_curve[0][0], int)
 
 
+def test_a_result_from_before_a_field_was_there_is_read(tmp_path: Path) -> None:
+    table = asdict(made())
+    del table["inference_flops"]
+    (tmp_path / "result.json").write_text(json.dumps(table))
+    assert RunResult.read(tmp_path / "result.json") == made(inference_flops=0)
+
+
 def test_numbers_become_plain(tmp_path: Path) -> None:
     result = made(
         mean=np.float32(0.5),

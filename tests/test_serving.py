@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from schemathesis import GenerationMode
 from starlette.testclient import TestClient
 from test_registry import in_store
 
-from polyprompt import checkpoint, registry, serving, tracking
-from polyprompt.data import read_rows
+from polyprompt import checkpoint, registry, serving, serving_desk, serving_models, tracking_store
+from polyprompt.errors import ConfigError
 from polyprompt.predictor import Predictor, find_bundle
 from polyprompt.ray_train import run
+from polyprompt.reading import read_rows
 from polyprompt.recipe import check
 from polyprompt.serving_app import TOKEN_VARIABLE, make_app, watching
 from polyprompt.serving_batches import Batcher
@@ -38,7 +39,7 @@ from polyprompt.serving_engine import Engine, Engines
 from polyprompt.serving_http import Frame
 from polyprompt.serving_limits import Limits, Rate, Refusal, Waiting
 from polyprompt.serving_metrics import Metrics
-from polyprompt.serving_models import Shelf, locate, named
+from polyprompt.serving_models import Loaded, Shelf, Spec, locate, named
 from polyprompt.tasks import catalog
 
 ROOT = Path(__file__).parents[1]
@@ -345,6 +346,21 @@ def test_rare_kinds_gather_but_do_not_wait_for_ever() -> None:
     assert batches == [[1, 2], [3, 4], [5, 6], [10], [7, 8], [9]]
 
 
+def test_of_many_kinds_none_starves() -> None:
+    order: list[int] = []
+
+    def work(asks: Any) -> list[int]:
+        order.extend(ask % 6 for ask in asks)
+        return list(asks)
+
+    async def ask() -> None:
+        await Batcher[int, int](work, lambda ask: ask % 6, max_rows=1).answer(list(range(30)))
+
+    asyncio.run(ask())
+    for start in range(0, 30, 6):
+        assert sorted(order[start : start + 6]) == list(range(6))
+
+
 def test_who_goes_away_is_not_worked_for() -> None:
     seen: list[int] = []
 
@@ -418,6 +434,11 @@ def test_waiting_rows_are_counted_and_bounded() -> None:
             now = 2.0
         assert waiting.seconds() == pytest.approx(6 * 2 / 4)
     assert waiting.rows == 0
+    with waiting.hold(1):
+        now = 12.0
+        with pytest.raises(TimeoutError), waiting.hold(4):
+            raise TimeoutError
+        assert waiting.seconds() == 1.0, "nothing was answered yet"
 
 
 def test_requests_over_the_rate_come_back_later(trained_run: Path) -> None:
@@ -452,8 +473,43 @@ def test_what_a_source_is_called(argument: str, expected: tuple[str, str]) -> No
     assert named(argument) == expected
 
 
+def test_names_that_requests_cannot_use_are_refused(frozen_runs: list[Path]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be called 'a b'.*NAME="):
+        locate("a b", str(frozen_runs[0]), "")
+
+
+def test_models_stay_as_long_as_they_are_wanted(frozen_runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long one takes to load, and whether or not there are requests."""
+    monkeypatch.setattr(serving_models, "LINGER_SECONDS", 0.0)
+    row = {"task": "embedded/nli", "premise": "a", "hypothesis": "b"}
+
+    class Asked(Engine):
+        """Is asked for another model between loading one and its use."""
+
+        async def load(self, spec: Spec, wanted: frozenset[Spec]) -> Loaded:
+            loaded = await super().load(spec, wanted)
+            if len(desk.models()):
+                await desk.ask([row], "a", None)
+            assert self._shelf.holds(spec)
+            return loaded
+
+    engine = Asked()
+    desk = Desk(engine, "", LIMITS, Metrics())
+
+    async def change() -> None:
+        for name, number in (("a", 0), ("b", 1), ("a", 1), ("c", 0)):
+            await desk.put(name, str(frozen_runs[number]))
+
+    asyncio.run(change())
+    assert not engine._shelf.holds(locate("a", str(frozen_runs[0]), ""))
+    assert engine._shelf.holds(locate("a", str(frozen_runs[1]), ""))
+
+
 def framed(app: Any, messages: list[Any], limits: Limits = LIMITS) -> list[Any]:
-    """Send a request through Frame alone; return what comes back. messages: what the server hears, None for silence."""
+    """Send a request through Frame alone, or one given; return what comes back.
+
+    messages: what the server hears, None for silence.
+    """
     sent: list[Any] = []
     hear = iter(messages)
 
@@ -467,7 +523,8 @@ def framed(app: Any, messages: list[Any], limits: Limits = LIMITS) -> list[Any]:
         sent.append(message)
 
     scope = {"type": "http", "path": "/predict", "headers": []}
-    asyncio.run(Frame(app, limits, Metrics(), lambda path: None)(scope, receive, send))
+    frame = app if isinstance(app, Frame) else Frame(app, limits, Metrics(), lambda path: None)
+    asyncio.run(frame(scope, receive, send))
     return sent
 
 
@@ -479,6 +536,21 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     start, body = framed(app, [part], replace(LIMITS, timeout_seconds=0.05))
     assert start["status"] == 408
     assert json.loads(body["body"])["error"]["code"] == "body_too_slow"
+
+
+def test_bodies_are_bounded_together_and_freed() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    limits = replace(LIMITS, held_bytes=10)
+    frame = Frame(app, limits, Metrics(), lambda path: None)
+    for _ in range(3):  # one after the other they have room
+        assert framed(frame, [{"type": "http.request", "body": b"12345678"}])[0]["status"] == 200
+    start, _ = framed(frame, [{"type": "http.request", "body": b"12345678901"}])
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert framed(frame, [{"type": "http.request", "body": b"1234567890"}])[0]["status"] == 200
 
 
 def test_a_caller_that_goes_away_frees_its_place() -> None:
@@ -645,24 +717,34 @@ def test_a_moved_alias_is_served_and_no_request_is_lost(
 
 
 def test_a_version_that_cannot_be_loaded_leaves_the_old_one(
-    frozen_runs: list[Path], store: Path, tmp_path: Path
+    frozen_runs: list[Path], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(serving_desk, "WATCH_SECONDS", 0.02)
+    loads: list[str] = []
+
+    class Counting(Engine):
+        async def load(self, spec: Spec, wanted: frozenset[Spec]) -> Loaded:
+            loads.append(spec.version)
+            return await super().load(spec, wanted)
+
     uri = f"sqlite:///{store}/mlflow.db"
     shutil.copytree(frozen_runs[0], tmp_path / "run")
     registry.register(in_store(tmp_path / "run", uri), "mine", uri)
-    with client_of(uri=uri) as client:
+    with client_of(uri=uri, engines=Counting()) as client:
         registry.promote("mine", uri)
         put(client, "mine", "models:/mine@champion")
         whole = set(store.rglob(checkpoint.TENSORS))
         second = registry.register(tmp_path / "run", "mine", uri)
         (weights,) = set(store.rglob(checkpoint.TENSORS)) - whole
         weights.write_bytes(b"not weights")
-        tracking.client_of(uri).set_registered_model_alias("mine", registry.CHAMPION, second.number)
+        tracking_store.client_of(uri).set_registered_model_alias("mine", registry.CHAMPION, second.number)
         while not (model := client.get("/models").json()["models"][0])["error"]:
             time.sleep(0.05)
         assert "is damaged" in model["error"]
         assert model["version"] == "1"
         assert client.post("/predict", json={"rows": [{"task": "embedded/nli", "input": "x"}]}).status_code == 200
+        time.sleep(0.3)
+        assert loads == ["1", "2"], "it is not copied and loaded again at each look"
 
 
 @pytest.mark.ray
@@ -728,18 +810,24 @@ def test_from_the_command_line_to_sigterm(eight: Path, tmp_path: Path) -> None:
         server.wait()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "expected", "message"),
     [
-        (["--model", "nowhere"], "holds no trained model"),
-        (["--model", "runs/a", "other/a"], "two models are called a"),
-        (["--model", "models:/a"], "names no version"),
+        (["--model", "nowhere"], 1, "holds no trained model"),
+        (["--model", "runs/a", "other/a"], 1, "two models are called a"),
+        (["--model", "models:/a"], 1, "names no version"),
+        (["--model", "two words"], 1, "cannot be called 'two words'"),
+        (["--model", "a", "--max-waiting", "9"], 2, "a request of --max-rows 64 would never be taken"),
     ],
 )
-def test_what_cannot_be_served_is_refused_before_ray_starts(arguments: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_cannot_be_served_is_refused_before_ray_starts(
+    arguments: list[str],
+    expected: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    job_here: Callable[..., Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, said = job_here("serve", *arguments)
+    assert (status, message in said) == (expected, True), said

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from studies import KEYS, hyperprompt, smop, study, trial
 from test_report import made as result
 
-from polyprompt import study_tracking, tracking
+from polyprompt import study_tracking, tracking_store
 from polyprompt.config import RunConfig, TrackingConfig
 from polyprompt.errors import TrackingError
 from polyprompt.recipe import check
@@ -154,7 +154,7 @@ def test_a_long_leaderboard_is_cut_in_the_note_only(store: Path) -> None:
     many = [trial(number, smop(), 0.1 + number / 1000) for number in range(4, 104)]
     assert close(parent, replace(made, trials=[*made.trials, *many]), store / "out")
     note = client_of(parent).get_run(parent.run_id).data.tags["mlflow.note.content"]
-    assert len(note) <= tracking.MAX_TAG_CHARACTERS
+    assert len(note) <= tracking_store.MAX_TAG_CHARACTERS
     assert note.endswith("The artifact leaderboard.md has all trials.\n")
     assert "| 1 | 2 | finished" in note
 

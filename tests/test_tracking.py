@@ -26,9 +26,11 @@ from polyprompt import trackers, tracking
 from polyprompt.config import RunConfig, TrackingConfig
 from polyprompt.errors import TrackingError
 from polyprompt.recipe import check
+from polyprompt.section import mask
 from polyprompt.tasks.records import FileSource, GeneratedSource, HubSource, Row, Source
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Trackers
-from polyprompt.tracking import DataInput, RunHandle, finish, log_artifacts, mask, open_run, resend, resolve_uri, slug
+from polyprompt.tracking import DataInput, RunHandle, finish, log_artifacts, open_run, resend, resolve_uri
+from polyprompt.tracking_store import slug
 
 PLATFORM = Path(tracking.__file__).parents[1]
 

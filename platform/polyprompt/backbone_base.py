@@ -5,6 +5,7 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 
 import hashlib
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,11 +78,12 @@ class Backbone(nn.Module, ABC):
         """While inside, `logits` returns logits_NV of the N kept positions alone, row by row.
 
         Targets of a mixture differ in length; where one row is a corrupted text and the others are labels, most of the
-        padded block would cost the whole vocabulary for nothing.
+        padded block would cost the whole vocabulary for nothing. Other threads that use the model get all theirs.
         """
+        own = threading.get_ident()
 
-        def keep(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-            return inputs[0][kept_BS]
+        def keep(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+            return inputs[0][kept_BS] if threading.get_ident() == own else None
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
         try:

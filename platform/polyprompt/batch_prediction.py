@@ -1,7 +1,7 @@
 """Files of any size, answered part by part: cut, answered in any order by any number of processes, and joined.
 
     <output>.parts/job.json               what is asked of whom; other work in the same folder is refused
-    <output>.parts/00000007.rows.jsonl    rows as read; a row that could not be read is {"error": …}
+    <output>.parts/00000007.rows.jsonl    rows as read; of a row that could not be read the error, as text
     <output>.parts/00000007.answers.jsonl
 
 A part is written whole or not at all, so what was answered before an interruption is not answered again.
@@ -11,7 +11,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,8 +28,6 @@ from polyprompt.tasks.records import Row
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 JOB, ROWS, ANSWERS = "job.json", "rows.jsonl", "answers.jsonl"
-#: Of a row that could not be read.
-ERROR = "error"
 _SCHEMA = pa.schema(
     {
         "task": pa.string(),
@@ -71,6 +69,8 @@ def cut(work: Work) -> int:
     """
     if work.output.suffix.lower() not in FORMATS:
         raise ConfigError(f"--output {work.output}: unknown file type; expected one of {', '.join(FORMATS)}")
+    if work.output.is_dir() or work.output.resolve() == work.input.resolve():
+        raise ConfigError(f"--output {work.output} is a folder or the input itself; name another file")
     if not work.input.is_file():
         raise DataError(f"{work.input}: the file does not exist")
     job = work.folder / JOB
@@ -93,9 +93,7 @@ def cut(work: Work) -> int:
     rows = sources.each_row(work.input)
     num_parts = 0
     while part := list(islice(rows, work.part_rows)):
-        # Parquet has values that JSON has not, such as times.
-        lines = (json.dumps(_fields(row), default=str) for _, row in part)
-        write_whole(work.rows(num_parts), "".join(f"{line}\n" for line in lines).encode())
+        write_whole(work.rows(num_parts), b"".join(_line(origin, row) for origin, row in part))
         num_parts += 1
     if not num_parts:
         raise DataError(f"{work.input}: the file has no rows")
@@ -103,11 +101,19 @@ def cut(work: Work) -> int:
     return num_parts
 
 
-def _fields(row: Row | DataError) -> Mapping[str, Any]:
-    """Return what a row says, without what a column of another task left empty."""
+def _line(origin: str, row: Row | DataError) -> bytes:
+    """Return a row as a line, without what a column of another task left empty."""
     if isinstance(row, DataError):
-        return {ERROR: str(row)}
-    return {field: value for field, value in row.items() if value not in (None, "")}
+        return _json(str(row))
+    try:
+        return _json({field: value for field, value in row.items() if value not in (None, "")})
+    except UnicodeEncodeError:
+        return _json(f"{origin}: the row holds half of a surrogate pair, which is no character")
+
+
+def _json(value: Any) -> bytes:
+    # Parquet has values that JSON has not, such as times.
+    return f"{json.dumps(value, default=str, ensure_ascii=False)}\n".encode()
 
 
 def missing(work: Work, num_parts: int) -> list[int]:
@@ -117,14 +123,13 @@ def missing(work: Work, num_parts: int) -> list[int]:
 
 def answer(work: Work, part: int, predictor: Predictor, batch_size: int) -> int:
     """Answer a part and return how many rows it has."""
-    rows = [json.loads(line) for line in work.rows(part).read_text().splitlines()]
-    readable = [place for place, row in enumerate(rows) if set(row) != {ERROR}]
-    answers = [Prediction(error=row.get(ERROR, "")) for row in rows]
+    rows = _lines(work.rows(part))
+    readable = [place for place, row in enumerate(rows) if not isinstance(row, str)]
+    answers = [Prediction(error=row if isinstance(row, str) else "") for row in rows]
     found = predictor.predict([rows[place] for place in readable], batch_size=batch_size, mode=work.mode)
     for place, prediction in zip(readable, found, strict=True):
         answers[place] = prediction
-    lines = (json.dumps(_table(prediction), ensure_ascii=False) for prediction in answers)
-    write_whole(work.answers(part), "".join(f"{line}\n" for line in lines).encode())
+    write_whole(work.answers(part), b"".join(_json(_table(prediction)) for prediction in answers))
     return len(rows)
 
 
@@ -138,10 +143,9 @@ def join(work: Work, num_parts: int) -> tuple[int, int]:
 
     def tables() -> Iterator[dict[str, Any]]:
         for part in range(num_parts):
-            for line in work.answers(part).read_text().splitlines():
-                table = json.loads(line)
+            for table in _lines(work.answers(part)):
                 counts[0] += 1
-                counts[1] += bool(table[ERROR])
+                counts[1] += bool(table["error"])
                 yield table
 
     match work.output.suffix.lower():
@@ -163,6 +167,12 @@ def join(work: Work, num_parts: int) -> tuple[int, int]:
     os.replace(draft, work.output)
     shutil.rmtree(work.folder)
     return counts[0], counts[1]
+
+
+def _lines(path: Path) -> list[Any]:
+    # Not splitlines(): a text may hold other characters that it takes for the end of a line.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def _table(prediction: Prediction) -> dict[str, Any]:

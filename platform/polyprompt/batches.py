@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from polyprompt.collation import Batch, collate
 from polyprompt.config import RunConfig
-from polyprompt.data import AnyData, Batch, collate
+from polyprompt.data import AnyData
 from polyprompt.mixture import Mixture, cut, random_seed, rates
 
 

@@ -48,6 +48,14 @@ def read_arguments(parser: argparse.ArgumentParser, example: str) -> tuple[argpa
     return options, recipes, [a for a in options.arguments if "=" in a]
 
 
+def positive(text: str) -> int:
+    """Read an argument that is a whole number from 1 on: argparse's `type`."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return number
+
+
 def exit_status(act: Callable[[], int], *, stopped: str) -> int:
     """Return what `act` returns; 1 for an error of ours, which is shown; 143 for a run that SIGTERM ended, which says
     where; 130 for an interrupt, which says `stopped`."""

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ MEAN = "mean"
 SEED = "train.seed"
 #: A test of fewer seeds says nothing.
 MIN_SEEDS = 3
+#: Scores (fractions) that vary by less do not vary.
+NO_SPREAD = 1e-9
 #: A difference is marked at these chances of being one by chance.
 LEVELS = (0.05, 0.01)
 #: Which evaluation of a run counts: the best by mean, the last one, or of each task its own best (as HyperPrompt's
@@ -29,7 +30,8 @@ Select = Literal["mean", "last", "task"]
 
 @dataclass(frozen=True)
 class Test:
-    """Of one score against the baseline's. name: "paired t" or "Welch t"."""
+    """Of one score against the baseline's. name: "paired t" or "Welch t". p: NaN where nothing varies, so that the test
+    knows no doubt: with scores of few rows that is no certainty."""
 
     name: str
     p: float
@@ -188,10 +190,13 @@ def _tests(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Test]:
     found = {}
     for column in own.columns:
         a, b = own[column], base[column]
-        with warnings.catch_warnings():  # scores that are equal up to rounding; their p is NaN, which marks nothing
-            warnings.simplefilter("ignore", RuntimeWarning)
-            test = stats.ttest_rel(a, b.loc[a.index]) if paired else stats.ttest_ind(a, b, equal_var=False)
-        found[column] = Test("paired t" if paired else "Welch t", float(test.pvalue))
+        p = math.nan
+        if paired:
+            if (a - b).std() > NO_SPREAD:  # pandas aligns the seeds
+                p = stats.ttest_rel(a, b.loc[a.index]).pvalue
+        elif a.std() + b.std() > NO_SPREAD:
+            p = stats.ttest_ind(a, b, equal_var=False).pvalue
+        found[column] = Test("paired t" if paired else "Welch t", float(p))
     return found
 
 

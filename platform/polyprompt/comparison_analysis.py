@@ -20,15 +20,15 @@ from torch import Tensor
 from polyprompt import checkpoint, token_store
 from polyprompt.comparison_sources import Record
 from polyprompt.config import RunConfig
-from polyprompt.data import read_rows
 from polyprompt.errors import DataError, PolypromptError
 from polyprompt.model import PromptedModel, input_limit
 from polyprompt.plan import model_of
+from polyprompt.reading import read_rows
 from polyprompt.tasks import catalog
 from polyprompt.tasks.records import Example, Task
 
-#: The methods that make keys and values, or route.
-METHODS = ("hyperprompt", "routed_hyperprompt", "prefix_tuning", "smop")
+#: The methods that make keys and values, or route, and the one without prompts, against which their attention is seen.
+METHODS = ("hyperprompt", "routed_hyperprompt", "prefix_tuning", "smop", "full")
 STACKS = ("encoder", "decoder")
 #: What is logged of a router beside the use of its prompts (docs/methods.md, Routers).
 HEALTH = ("entropy", "margin", "dead_prompts")
@@ -41,6 +41,8 @@ class Analysis:
     similarity: stack → [K, K], cosines of the tasks' prompts, all keys and values of the stack as one vector.
     attention: stack → [K, L], the part of self-attention that falls on prompt keys, a mean over heads, queries, rows.
     even: stack → the same if every visible key had the same weight, over all tasks.
+    entropy: stack → [K, L], of the self-attention over the text alone, without prompt keys, as a part of the highest
+    there can be; a mean over heads, queries that see more than one token, and rows. Empty for prompts before the input.
     usage: [K, R], what each routed prompt is of the rows' prompts in prediction; None without a router.
     """
 
@@ -49,16 +51,18 @@ class Analysis:
     similarity: Mapping[str, np.ndarray]
     attention: Mapping[str, np.ndarray]
     even: Mapping[str, float]
+    entropy: Mapping[str, np.ndarray]
     usage: np.ndarray | None
 
 
 @dataclass
 class _Seen:
-    """Sums over one task's rows. prompts: stack → keys and values, flat. mass, even: stack → by layer."""
+    """Sums over one task's rows. prompts: stack → keys and values, flat. mass, entropy: stack → by layer."""
 
     prompts: dict[str, Tensor]
     mass: dict[str, Tensor]
     even: dict[str, float]
+    entropy: dict[str, Tensor]
     usage: Tensor | None
 
 
@@ -86,6 +90,7 @@ def analyse(bundle: Path, num_rows: int) -> Analysis:
         similarity={stack: _cosines(torch.stack([own.prompts[stack] for own in seen])) for stack in stacks},
         attention={stack: torch.stack([own.mass[stack] for own in seen]).numpy() for stack in stacks},
         even={stack: float(np.mean([own.even[stack] for own in seen])) for stack in stacks},
+        entropy={stack: torch.stack([own.entropy[stack] for own in seen]).numpy() for stack in seen[0].entropy},
         usage=torch.stack(usages).numpy() if usages else None,
     )
 
@@ -128,6 +133,7 @@ def _task(model: PromptedModel, config: RunConfig, index: int, task: Task, examp
         {stack: own / n for stack, own in total.prompts.items()},
         {stack: own / n for stack, own in total.mass.items()},
         {stack: own / n for stack, own in total.even.items()},
+        {stack: own / n for stack, own in total.entropy.items()},
         None if total.usage is None else total.usage / n,
     )
 
@@ -138,44 +144,72 @@ def _row(model: PromptedModel, ids_BT: Tensor, labels_BS: Tensor, task_B: Tensor
     prompts = model.method.prompts(x_BTH, mask_BT, task_B)
     share_BR = prompts.aux.get("router/share")
     made = {stack: own for stack in STACKS if (own := getattr(prompts, stack)) is not None and own.keys_LBNPD.shape[3]}
-    with _watched(model, {stack: own.keys_LBNPD.shape[3] for stack, own in made.items()}) as (mass, even):
-        if made:
+    lengths = {stack: own.keys_LBNPD.shape[3] for stack, own in made.items()}
+    with _watched(model, lengths) as watch:
+        # Prompts before the input are neither text nor keys of their own.
+        if not model.method.input_length:
             model.backbone.logits(labels_BS, model.backbone.encode(x_BTH, mask_BT, prompts), prompts)
     return _Seen(
         prompts={s: torch.cat([own.keys_LBNPD, own.values_LBNPD]).float().flatten() for s, own in made.items()},
-        mass={stack: torch.tensor([mass[stack][layer] for layer in sorted(mass[stack])]) for stack in made},
-        even={stack: float(np.mean(even[stack])) for stack in made},
+        mass={stack: _by_layer(watch.mass[stack]) for stack in made},
+        even={stack: float(np.mean(watch.even[stack])) for stack in made},
+        entropy={stack: _by_layer(watch.entropy[stack]) for stack in STACKS if watch.entropy[stack]},
         usage=None if share_BR is None else share_BR[0].double(),
     )
 
 
+@dataclass
+class _Watch:
+    """Of one row, stack → layer → value; even: stack → by layer."""
+
+    mass: dict[str, dict[int, float]]
+    even: dict[str, list[float]]
+    entropy: dict[str, dict[int, float]]
+
+
 @contextmanager
-def _watched(
-    model: PromptedModel, lengths: Mapping[str, int]
-) -> Iterator[tuple[dict[str, dict[int, float]], dict[str, list[float]]]]:
-    """Note, of each self-attention layer that has prompt keys, how much of its weights they take meanwhile."""
-    mass: dict[str, dict[int, float]] = {stack: {} for stack in lengths}
-    even: dict[str, list[float]] = {stack: [] for stack in lengths}
+def _watched(model: PromptedModel, lengths: Mapping[str, int]) -> Iterator[_Watch]:
+    """Note of each self-attention layer how much of its weights prompt keys take meanwhile, and how the rest spreads.
+
+    lengths: stack → prompt keys.
+    """
+    mass: dict[str, dict[int, float]] = {stack: {} for stack in STACKS}
+    watch = _Watch(mass, even={stack: [] for stack in STACKS}, entropy={stack: {} for stack in STACKS})
 
     def look(module: Any, _: Any, output: tuple[Any, ...]) -> None:
         stack, layer = module.prompt_spot
-        if stack not in lengths:
-            return
         weights_BNQX = output[-1].float()
-        num_prompts, num_queries = lengths[stack], weights_BNQX.shape[2]
-        mass[stack][layer] = float(weights_BNQX[..., :num_prompts].sum(-1).mean())
+        num_prompts, num_queries = lengths.get(stack, 0), weights_BNQX.shape[2]
+        watch.mass[stack][layer] = float(weights_BNQX[..., :num_prompts].sum(-1).mean())
         # The decoder sees what was before: its first query one token, its last one all.
         others = weights_BNQX.shape[3] - num_prompts
-        visible = [others - (num_queries - 1 - q if stack == "decoder" else 0) for q in range(num_queries)]
-        even[stack].append(float(np.mean([num_prompts / (num_prompts + v) for v in visible])))
+        visible_Q = torch.full([num_queries], others)
+        if stack == "decoder":
+            visible_Q -= torch.arange(num_queries - 1, -1, -1)
+        watch.even[stack].append(float((num_prompts / (num_prompts + visible_Q)).mean()))
+        watch.entropy[stack][layer] = _entropy(weights_BNQX[..., num_prompts:], visible_Q)
 
     spots = [module for module in model.modules() if hasattr(module, "prompt_spot")]
     hooks = [module.register_forward_hook(look) for module in spots]
     try:
-        yield mass, even
+        yield watch
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _entropy(weights_BNQT: Tensor, visible_Q: Tensor) -> float:
+    """The mean entropy of attention over text, as a part of the highest; 0 where no query has a choice."""
+    several_Q = visible_Q > 1
+    if not several_Q.any():
+        return 0.0
+    share_BNQT = weights_BNQT / weights_BNQT.sum(-1, keepdim=True).clamp(min=1e-12)
+    entropy_BNQ = torch.special.entr(share_BNQT).sum(-1)[..., several_Q]
+    return float((entropy_BNQ / visible_Q[several_Q].log()).mean())
+
+
+def _by_layer(values: Mapping[int, float]) -> Tensor:
+    return torch.tensor([values[layer] for layer in sorted(values)])
 
 
 def _sum(a: _Seen, b: _Seen) -> _Seen:
@@ -183,6 +217,7 @@ def _sum(a: _Seen, b: _Seen) -> _Seen:
         {stack: a.prompts[stack] + b.prompts[stack] for stack in a.prompts},
         {stack: a.mass[stack] + b.mass[stack] for stack in a.mass},
         {stack: a.even[stack] + b.even[stack] for stack in a.even},
+        {stack: a.entropy[stack] + b.entropy[stack] for stack in a.entropy},
         None if a.usage is None or b.usage is None else a.usage + b.usage,
     )
 

@@ -10,7 +10,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from polyprompt import comparison_plots as plots
-from polyprompt.comparison import LEVELS, MEAN, MIN_SEEDS, Comparison, Setting, shown
+from polyprompt.comparison import LEVELS, MEAN, MIN_SEEDS, Comparison, Setting, Test, shown
 from polyprompt.comparison_parts import Part, Say, parts
 from polyprompt.comparison_sources import Absent
 from polyprompt.result import write_whole
@@ -106,7 +106,7 @@ def frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
                 "trained_parameters": setting.trained_parameters,
                 "step_seconds": setting.step_seconds,
                 "peak_memory_bytes": setting.peak_memory_bytes,
-                "inference_flops": setting.inference_flops,
+                "inference_flops": setting.inference_flops or None,
                 "num_steps": setting.num_steps,
                 "runs": " ".join(run.run_id or run.name for run in setting.runs),
             }
@@ -144,7 +144,7 @@ def _line(comparison: Comparison, setting: Setting, place: int) -> Line:
             plots.amount(setting.trained_parameters),
             f"{setting.step_seconds:.3g}",
             f"{setting.peak_memory_bytes / 2**30:.2f}",
-            plots.amount(setting.inference_flops),
+            plots.amount(setting.inference_flops) if setting.inference_flops else "–",
         ],
         colour=plots.look(place)["color"] if place < plots.MAX_LINES else "",
         is_baseline=setting.label == comparison.baseline,
@@ -167,8 +167,14 @@ def cell(comparison: Comparison, setting: Setting, column: str) -> Cell:
         spread="" if math.isnan(spread) else f"{100 * spread:.1f}",
         mark=mark,
         best=f"{100 * score:.1f}" == f"{100 * comparison.best(column):.1f}",
-        tip=seeds + (f"; {test.name}, p = {test.p:.3g}" if test else ""),
+        tip=seeds + _tested(test),
     )
+
+
+def _tested(test: Test | None) -> str:
+    if test is None:
+        return ""
+    return f"; {test.name}, p = {test.p:.3g}" if not math.isnan(test.p) else "; not tested: no spread"
 
 
 def _majority(comparison: Comparison) -> list[Line]:

@@ -1,11 +1,11 @@
 """The parts of a comparison's page below its table: figures, and what the papers look at in trained models."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from polyprompt import comparison_plots as plots
 from polyprompt.comparison import Comparison, Setting
-from polyprompt.comparison_analysis import METHODS, Analysis, attempt, routing
+from polyprompt.comparison_analysis import METHODS, STACKS, Analysis, attempt, routing
 from polyprompt.router_health import describe
 
 Say = Callable[[str], None]
@@ -44,7 +44,8 @@ def parts(comparison: Comparison, num_rows: int, say: Say) -> Iterator[Part]:
         in_words=False,
         folded=True,
     )
-    for setting in plots.drawn(comparison):
+    looked_at: dict[int, Analysis] = {}
+    for place, setting in enumerate(plots.drawn(comparison)):
         wanted = num_rows > 0 and setting.method in METHODS
         run = setting.runs[0]
         if wanted:
@@ -54,7 +55,9 @@ def parts(comparison: Comparison, num_rows: int, say: Say) -> Iterator[Part]:
         if isinstance(seen, str):
             yield Part(f"Prompts of {setting.label}", [f"No analysis of the trained model, seed {run.seed}: {seen}."])
         elif seen is not None:
+            looked_at[place] = seen
             yield from _prompts(setting, seen)
+    yield from _entropy(comparison, looked_at)
 
 
 def _router(setting: Setting, seen: Analysis | str | None) -> Iterator[Part]:
@@ -131,5 +134,29 @@ def _prompts(setting: Setting, seen: Analysis) -> Iterator[Part]:
         texts.append(
             f"{stack.capitalize()}, layer by layer, mean of tasks: {layers}; even weights: {seen.even[stack]:.0%}."
         )
-    figure = plots.attention(seen.attention, seen.even, names)
+    tables = {stack: dict(enumerate(table)) for stack, table in seen.attention.items()}
+    figure = plots.by_layer(tables, dict(enumerate(names)), "attention on prompts", seen.even)
     yield Part(f"Attention on prompts, {setting.label}", texts, plots.svg(figure))
+
+
+def _entropy(comparison: Comparison, looked_at: Mapping[int, Analysis]) -> Iterator[Part]:
+    """How widely do the layers look at the text, beside a model without prompts?"""
+    lines = {place: seen for place, seen in looked_at.items() if seen.entropy}
+    if not lines:
+        return
+    labels = {place: comparison.settings[place].label for place in lines}
+    texts = [
+        "Entropy of self-attention over the text alone, prompt keys left out, as a part of the highest there can be: a "
+        "mean over heads, queries that see more than one token, rows and tasks (first seed). That of `full` is of a "
+        "network without prompts."
+    ]
+    stacks = {stack for seen in lines.values() for stack in seen.entropy}
+    tables = {
+        stack: {place: seen.entropy[stack].mean(axis=0) for place, seen in lines.items() if stack in seen.entropy}
+        for stack in STACKS
+        if stack in stacks
+    }
+    for stack, table in tables.items():
+        for place, values in table.items():
+            texts.append(f"{stack.capitalize()}, {labels[place]}: {', '.join(f'{value:.0%}' for value in values)}.")
+    yield Part("Entropy of attention over the text", texts, plots.svg(plots.by_layer(tables, labels, "entropy")))

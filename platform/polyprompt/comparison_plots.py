@@ -47,9 +47,9 @@ def front(comparison: Comparison) -> Figure:
 def undominated(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the places of the (cost, score) points that no other beats in one and equals in the other, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    best, kept = -math.inf, []
+    best, kept = -math.inf, list[int]()
     for i in order:
-        if points[i][1] > best:
+        if points[i][1] > best or (kept and points[i] == points[kept[-1]]):
             kept.append(i)
             best = points[i][1]
     return kept
@@ -189,25 +189,35 @@ def heat(
     return figure
 
 
-def attention(tables: Mapping[str, np.ndarray], even: Mapping[str, float], tasks: Sequence[str]) -> Figure:
-    """The part of self-attention that falls on prompts, by layer: a line a task, and what even weights would give."""
+def by_layer(
+    tables: Mapping[str, Mapping[int, np.ndarray]],
+    labels: Mapping[int, str],
+    name: str,
+    even: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw fractions of self-attention, a plot a stack. tables: stack → place of a line, as of `look` → its values by
+    layer. labels: by place. even: stack → what even weights would give."""
     figure = Figure(figsize=(11 if len(tables) > 1 else 7, 3.6), layout="constrained")
     grid = figure.subplots(1, len(tables), squeeze=False)[0]
-    lines = []
-    for axes, (stack, table) in zip(grid, tables.items(), strict=True):
-        layers = range(1, table.shape[1] + 1)
-        lines = [axes.plot(layers, row, **look(i), markersize=5, linewidth=1.3)[0] for i, row in enumerate(table)]
-        axes.axhline(even[stack], color=GREY, linestyle=":", linewidth=1.5)
-        axes.set(title=stack, xlabel="layer", ylim=(0, min(1.0, 1.15 * max(float(table.max()), even[stack]))))
-        if len(layers) <= 12:
-            axes.set_xticks(layers)
+    for axes, (stack, lines) in zip(grid, tables.items(), strict=True):
+        for place, values in lines.items():
+            axes.plot(range(1, len(values) + 1), values, **look(place), markersize=5, linewidth=1.3)
+        highest = max(float(values.max()) for values in lines.values())
+        if even is not None:
+            axes.axhline(even[stack], color=GREY, linestyle=":", linewidth=1.5)
+            highest = max(highest, even[stack])
+        axes.set(title=stack, xlabel="layer", ylim=(0, min(1.0, 1.15 * highest)))
+        num_layers = max(map(len, lines.values()))
+        if num_layers <= 12:
+            axes.set_xticks(range(1, num_layers + 1))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         _plain(axes)
         axes.grid(axis="y", alpha=0.3)
-    grid[0].set_ylabel("attention on prompts")
-    dotted = Line2D([], [], color=GREY, linestyle=":", label="even weights")
-    handles = [*lines, dotted]
-    figure.legend(handles, [*tasks, "even weights"], loc="outside right upper", frameon=False, fontsize=9)
+    grid[0].set_ylabel(name)
+    handles = _handles(labels)
+    if even is not None:
+        handles.append(Line2D([], [], color=GREY, linestyle=":", label="even weights"))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
@@ -222,10 +232,16 @@ def look(place: int) -> dict[str, Any]:
 
 
 def _legend(figure: Figure, shown: Sequence[Setting]) -> None:
-    handles = [Line2D([], [], **look(i), markersize=6, label=setting.label) for i, setting in enumerate(shown)]
+    handles = _handles({place: setting.label for place, setting in enumerate(shown)})
     longest = max(len(setting.label) for setting in shown)
     columns = max(1, min(4, 120 // (longest + 6)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _handles(labels: Mapping[int, str]) -> list[Line2D]:
+    # A "$" in a value of the config begins no formula.
+    shown = {place: label.replace("$", r"\$") for place, label in labels.items()}
+    return [Line2D([], [], **look(place), markersize=6, label=label) for place, label in shown.items()]
 
 
 def _plain(axes: Axes) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyprompt import checkpoint, tracking
+from polyprompt import checkpoint, tracking, tracking_store
 from polyprompt.errors import BundleError, ConfigError, DataError, hint
 from polyprompt.result import RunResult
-from polyprompt.run_folder import BUNDLES, RESULT, RUN
+from polyprompt.run_folder import RESULT, RUN, best_bundle
 from polyprompt.worker import METRICS
 
 EXPERIMENT = "experiment="
@@ -44,7 +44,7 @@ class Record:
         return self.run_id or str(self.result.bundle)
 
     def history(self, metric: str) -> Points:
-        return self.histories.get(tracking.slug(metric), [])
+        return self.histories.get(tracking_store.slug(metric), [])
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,14 @@ def _of_folder(folder: Path) -> Record | Absent:
     if not (folder / RESULT).is_file():
         return Absent(f"{record['name']} ({folder})", "it has not finished")
     result = RunResult.read(folder / RESULT)
-    bundle = Path(result.bundle)
     return Record(
         name=record["name"],
         run_id=result.run_id,
-        config={key: tracking.param_text(value) for key, value in record["config"].items()},
+        config={key: tracking_store.param_text(value) for key, value in record["config"].items()},
         rows=_digests(record.get("rows"), record["data"]),
         result=result,
         histories=_jsonl(folder / METRICS, result),
-        # A run's folder may have been moved as a whole.
-        bundle=bundle if bundle.is_dir() else folder / BUNDLES / bundle.name,
+        bundle=best_bundle(folder, result),
         finished_ms=int((folder / RESULT).stat().st_mtime * 1000),
     )
 
@@ -128,7 +126,7 @@ def _jsonl(file: Path, result: RunResult) -> dict[str, Points]:
         for line in file.read_text(encoding="utf-8").splitlines():
             table = json.loads(line)
             for key, value in table.items():
-                name = tracking.slug(key)
+                name = tracking_store.slug(key)
                 if name in wanted or name.startswith(ROUTER):
                     found.setdefault(name, []).append((int(table["step"]), float(value)))
     return found
@@ -136,13 +134,13 @@ def _jsonl(file: Path, result: RunResult) -> dict[str, Points]:
 
 def _losses(result: RunResult) -> set[str]:
     """Return the names of the tasks' training losses."""
-    return {tracking.slug(f"train/{task}/loss") for task in result.eval}
+    return {tracking_store.slug(f"train/{task}/loss") for task in result.eval}
 
 
 def _experiment(name: str, uri: str) -> Iterator[Record | Absent]:
     """Read the runs of an experiment, the oldest first."""
-    with tracking.store_errors(uri):
-        client = tracking.client_of(uri)
+    with tracking_store.store_errors(uri):
+        client = tracking_store.client_of(uri)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             known = [found.name for found in client.search_experiments()]
@@ -159,8 +157,8 @@ def _experiment(name: str, uri: str) -> Iterator[Record | Absent]:
 
 
 def _of_id(run_id: str, uri: str) -> Record | Absent:
-    with tracking.store_errors(uri):
-        client = tracking.client_of(uri)
+    with tracking_store.store_errors(uri):
+        client = tracking_store.client_of(uri)
         try:
             run = client.get_run(run_id)
         except Exception as error:  # MLflow's own, which this file does not import

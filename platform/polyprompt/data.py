@@ -1,7 +1,4 @@
-"""From a task's source to batches: rows, examples, tokens (made once and kept on disk), padded tensors.
-
-Letters: B rows of a batch, T input tokens, S target tokens. The only file that imports `datasets`.
-"""
+"""From a task's source to its prepared splits: examples as tokens, made once and kept on disk."""
 
 import hashlib
 import inspect
@@ -10,8 +7,8 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -21,59 +18,16 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
-from polyprompt import sources, text_store, token_store
+from polyprompt import reading, text_store, token_store
 from polyprompt.config import DataConfig, RunConfig
 from polyprompt.errors import DataError
 from polyprompt.tasks.metrics import compute
-from polyprompt.tasks.records import Example, HubSource, Row, Task, TextTask, TokenRow
+from polyprompt.tasks.records import Example, Task, TextTask, TokenRow
 from polyprompt.text_store import TextSplit
 from polyprompt.token_store import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of padding: the loss passes over it."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded rows, all int64. mask_BT: 1 for real tokens. labels_BS: IGNORED where padded. task_B: task ids."""
-
-    input_ids_BT: Tensor
-    mask_BT: Tensor
-    labels_BS: Tensor
-    task_B: Tensor
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(t.to(device) for t in (self.input_ids_BT, self.mask_BT, self.labels_BS, self.task_B)))
-
-    @property
-    def num_target_tokens(self) -> int:
-        """Target tokens that count in the loss."""
-        return int((self.labels_BS != IGNORED).sum())
-
-
-def collate(rows: Sequence[TokenRow], task_ids: Sequence[int], pad_id: int) -> Batch:
-    """Pad rows to the longest input and the longest target among them."""
-    if len(rows) != len(task_ids):
-        raise ValueError(f"{len(rows)} rows but {len(task_ids)} task ids")
-    inputs, targets = [r.input_ids for r in rows], [r.target_ids for r in rows]
-    mask_BT = _padded([[1] * len(ids) for ids in inputs], 0)
-    return Batch(_padded(inputs, pad_id), mask_BT, _padded(targets, IGNORED), torch.tensor(task_ids, dtype=torch.int64))
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
-
-
-def length_batches(lengths: Sequence[int] | npt.NDArray[np.int32], batch_size: int) -> list[list[int]]:
-    """Cut the indices into batches of like length, longest first: less padding, and too little memory shows at once."""
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class Split:
@@ -219,7 +173,7 @@ def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tok
     limits = {"train": config.max_train_examples, "validation": config.max_validation_examples}
     rows = {
         "task": task.name,
-        "source": _source_identity(task),
+        "source": reading.source_identity(task),
         "examples": _identity(task.examples),
         "choices": task.choices,
         "limits": limits,
@@ -234,8 +188,8 @@ def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tok
     folder = _cache_folder(config) / digest
     if not token_store.is_whole(folder):
         read = {
-            "train": read_examples(task, task.train_split),
-            "validation": read_examples(task, task.validation_split),
+            "train": reading.read_examples(task, task.train_split),
+            "validation": reading.read_examples(task, task.validation_split),
         }
         splits = {name: islice(examples, limits[name]) for name, examples in read.items()}
         token_store.Writer(task, tokenizer, max_input_tokens, config.max_target_tokens).write(folder, splits)
@@ -250,13 +204,13 @@ def _prepare(config: DataConfig, task: Task, tokenizer: Tokenizer, max_input_tok
 def _prepare_text(config: DataConfig, task: TextTask, tokenizer: Tokenizer, max_input_tokens: int) -> TextData:
     identity = {
         "format": token_store.FORMAT,
-        "source": _text_identity(task),
+        "source": reading.text_identity(task),
         "tokenizer": _tokenizer_identity(tokenizer),
     }
     text = _digest(identity)
     folder = _cache_folder(config) / text
     if not token_store.is_whole(folder):
-        text_store.write(folder, task.name, _text(task), tokenizer)
+        text_store.write(folder, task.name, reading.text_of(task), tokenizer)
     objective = text_store.objective(task, tokenizer, task.input_tokens or max_input_tokens)
     limits = {"train": config.max_train_examples, "validation": config.max_validation_examples}
     train, validation = (TextSplit(folder, name, objective, limits[name]) for name in ("train", "validation"))
@@ -271,23 +225,6 @@ def _prepare_text(config: DataConfig, task: TextTask, tokenizer: Tokenizer, max_
 
 def _digest(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _text(task: TextTask) -> dict[str, Iterator[str]]:
-    """Return the lines of each split, "" behind each document."""
-    if not isinstance(task.source, HubSource):
-        return text_store.lines(task.source, task.field)
-    return {
-        split: sources.row_lines(_hub_rows(task.source, split), task.field)
-        for split in (task.train_split, task.validation_split)
-    }
-
-
-def _text_identity(task: TextTask) -> str:
-    if isinstance(task.source, HubSource):
-        return f"{task.field} {_hub_identity(task.source, (task.train_split, task.validation_split))}"
-    files = {name: [sources.content_hash(p) for p in paths] for name, paths in sorted(task.source.files.items())}
-    return f"{task.field} {task.source.held_out} {files}"
 
 
 def _cache_folder(config: DataConfig) -> Path:
@@ -313,65 +250,6 @@ def text_metrics(loss: float) -> dict[str, float]:
     The score is 1/perplexity, the (geometric) mean probability that the model gives to the right token.
     """
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "score": math.exp(-loss)}
-
-
-def read_examples(task: Task, split: str) -> Iterator[tuple[sources.Origin, Example]]:
-    """Yield the examples of a split with the origin of their row. Raises DataError naming file, line and field."""
-    for origin, _, examples in read_rows(task, split):
-        for example in examples:
-            yield origin, example
-
-
-def read_rows(task: Task, split: str) -> Iterator[tuple[sources.Origin, Row, list[Example]]]:
-    """Yield the rows of a split, each with its origin and its examples. Raises DataError as `read_examples` does."""
-    for origin, row in _rows(task, split):
-        try:
-            made = [e if e.choices else replace(e, choices=task.choices) for e in task.examples(row, split)]
-        except DataError as error:
-            raise DataError(f"{task.name}: {origin}: {error}") from error
-        yield origin, row, made
-
-
-def _rows(task: Task, split: str) -> Iterator[tuple[sources.Origin, Row]]:
-    if not isinstance(task.source, HubSource):
-        yield from sources.rows(task.source, split)
-        return
-    yield from _hub_rows(task.source, split)
-
-
-def _hub_rows(source: HubSource, split: str) -> Iterator[tuple[sources.Origin, Row]]:
-    for number, row in enumerate(_load(source, split), start=1):
-        yield f"{source.path} {source.config or ''} {split} row {number}", row
-
-
-def _load(source: HubSource, split: str) -> datasets.Dataset:
-    address = f"data set {source.path!r} (config {source.config!r}, revision {source.revision!r}, split {split!r})"
-    if split not in source.splits:
-        raise DataError(f"{address}: this split is not mapped; hub.splits has {', '.join(source.splits)}")
-    try:
-        return datasets.load_dataset(source.path, source.config, revision=source.revision, split=source.splits[split])
-    # Whatever the hub, the network or the hub's cache raises means the same here; the cause is kept.
-    except Exception as error:
-        raise DataError(
-            f"{address} cannot be loaded: {type(error).__name__}: {error}\nCheck the address and the network "
-            f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 'unset')}; when set, only cached data are used), or "
-            "read files: data.root=DIR with DIR/<task>/train.jsonl and validation.jsonl, or the task's own `files`"
-        ) from error
-
-
-def _source_identity(task: Task) -> str:
-    splits = (task.train_split, task.validation_split)
-    if not isinstance(task.source, HubSource):
-        return sources.fingerprint(task.source, splits)
-    return _hub_identity(task.source, splits)
-
-
-def _hub_identity(source: HubSource, splits: Sequence[str]) -> str:
-    content = hashlib.sha256()
-    for split in splits:
-        for batch in _load(source, split).data.to_batches():
-            content.update(batch.serialize())
-    return content.hexdigest()
 
 
 def _identity(value: Any) -> str:

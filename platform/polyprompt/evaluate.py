@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
+from polyprompt.collation import collate, length_batches
 from polyprompt.config import RunConfig
-from polyprompt.data import AnyData, Split, TaskData, TextData, collate, length_batches, text_metrics
+from polyprompt.data import AnyData, Split, TaskData, TextData, text_metrics
 from polyprompt.loop import Scores
 from polyprompt.model import PromptedModel
 from polyprompt.tasks import metrics

@@ -58,7 +58,7 @@ def hub_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
     _check_free(out)
     opened, model = _load(bundle, backbone)
     lora = isinstance(opened.config.method, LoRAConfig)
-    if opened.config.train_backbone is not True and not lora:
+    if opened.config.train_backbone is False and not lora:
         raise ConfigError(
             f"{bundle} trained prompts on a frozen backbone, whose weights are those of "
             f"{opened.backbone['name']!r} still; export it with --format folded"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from polyprompt.data import IGNORED, collate
+from polyprompt.collation import IGNORED, collate
 from polyprompt.errors import BundleError
 from polyprompt.model import PromptedModel
 from polyprompt.tasks.records import TokenRow
@@ -58,7 +58,7 @@ def check(model: PromptedModel, taken: Mapping[str, Any], tasks: Sequence[str], 
         if not math.isclose(old, new, rel_tol=tolerance):
             raise BundleError(
                 f"{where}: task {row['task']} no longer answers as it did: a stored row scores {new:.6f}, expected "
-                f"{old:.6f}. Use the versions that its {'manifest.json'} names, or a bundle made with the present ones"
+                f"{old:.6f}. Use the versions that its manifest.json names, or a bundle made with the present ones"
             )
     log.info("%s: the old tasks answer as they did but for rounding, which is other on this machine", where)
     return False
@@ -84,12 +84,16 @@ def _answers(
 
 @contextlib.contextmanager
 def _in_eval(model: PromptedModel) -> Iterator[None]:
-    """Evaluate on one thread: with more of them sums are added up in another order."""
-    was_training, num_threads = model.training, torch.get_num_threads()
+    """Evaluate on one thread: with more of them sums are added up in another order.
+
+    What is in eval mode already is never taken out of it: another thread may be using the backbone.
+    """
+    training, num_threads = [module for module in model.modules() if module.training], torch.get_num_threads()
     model.eval()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(num_threads)
-        model.train(was_training)
+        for module in training:
+            module.training = True

@@ -81,10 +81,11 @@ def fold(method: Method, num_tasks: int, hidden: int, max_tokens: int) -> tuple[
     max_tokens: of an input, for methods that change its embeddings. Raises ConfigError for a method that cannot be
     folded.
     """
+    shape = (num_tasks, max_tokens, hidden)
     task_K, mask_KT = torch.arange(num_tasks), torch.ones(num_tasks, max_tokens, dtype=torch.long)
     first, second = (
         _tables(method.prompts(x, mask_KT, task_K), x)
-        for x in (torch.zeros(num_tasks, max_tokens, hidden), torch.ones(num_tasks, max_tokens, hidden))
+        for x in (torch.zeros(shape), torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     )
     differing = [name for name, table in first[0].items() if not torch.allclose(table, second[0][name], atol=1e-6)]
     if method.num_routes or differing:

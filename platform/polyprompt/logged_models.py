@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from polyprompt.loop import Scores, TrainState
-from polyprompt.tracking import MAX_DIGEST_CHARACTERS, MAX_METRICS_A_BATCH, RunHandle, client_of, now_ms, slug, tolerant
+from polyprompt.tracking import RunHandle, tolerant
+from polyprompt.tracking_store import MAX_DIGEST_CHARACTERS, MAX_METRICS_A_BATCH, client_of, now_ms, slug
 
 BUNDLE, KEPT_AS = "polyprompt.bundle", "polyprompt.kept_as"
 MODEL_TYPE = "text-to-text"

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from polyprompt.backbone_base import Backbone, Encoded
+from polyprompt.collation import IGNORED
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import Method, ParameterGroup, Prompts
 from polyprompt.sampling import Sampling
 from polyprompt.tasks.records import TextTask
 
-#: Label of a target position that has no loss.
-IGNORED = -100
 #: Choices are scored in slices whose logits hold at most this many numbers (512 MiB in fp32).
 MAX_SCORED_LOGITS = 2**27
 #: Input tokens, prompt included, of a model that states no limit: the length that T5 was pre-trained at.

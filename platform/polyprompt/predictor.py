@@ -14,12 +14,12 @@ import torch
 from polyprompt import backbone as backbones
 from polyprompt import checkpoint, token_store
 from polyprompt.checkpoint import Bundle
-from polyprompt.data import collate, length_batches
+from polyprompt.collation import collate, length_batches
 from polyprompt.errors import BundleError, DataError, hint
 from polyprompt.model import input_limit
 from polyprompt.plan import Load, model_of
 from polyprompt.result import RunResult
-from polyprompt.run_folder import BUNDLES, RESULT
+from polyprompt.run_folder import BUNDLES, RESULT, best_bundle
 from polyprompt.tasks import catalog
 from polyprompt.tasks.fields import get
 from polyprompt.tasks.records import Example, Task, TokenRow
@@ -66,9 +66,7 @@ def find_bundle(source: Path) -> Path:
     if (source / checkpoint.MANIFEST).is_file():
         return source
     if (source / RESULT).is_file():
-        best = Path(RunResult.read(source / RESULT).bundle)
-        # A run's folder may have been moved as a whole.
-        return best if best.is_dir() else source / BUNDLES / best.name
+        return best_bundle(source, RunResult.read(source / RESULT))
     newest = checkpoint.newest_whole(source / BUNDLES) if (source / BUNDLES).is_dir() else None
     if newest is None:
         raise BundleError(
@@ -163,7 +161,7 @@ class Predictor:
         if not isinstance(row, Mapping):
             raise DataError(f"a row must be a table of fields, not {type(row).__name__}")
         name = get(row, TASK)
-        if name not in self._index:
+        if not isinstance(name, str) or name not in self._index:
             known = self.task_names
             raise DataError(f"task {name!r} is not one of this model's: {', '.join(known)}.{hint(str(name), known)}")
         index = self._index[name]
@@ -172,7 +170,12 @@ class Predictor:
         return task.name, _example(task, {key: value for key, value in row.items() if key != TASK})
 
     def _ask(self, place: int, name: str, example: Example) -> _Ask:
-        """Raises DataError for a choice that is too long."""
+        """Raises DataError for what no tokenizer takes, and for a choice that is too long."""
+        for text in (example.input, *example.choices):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{name}: a text holds half of a surrogate pair, which is no character") from None
         index = self._index[name]
         task, writer = self.tasks[index], self._writers[index]
         assert task is not None
@@ -241,7 +244,8 @@ def _examples(task: Task, fields: Mapping[str, Any]) -> list[Example]:
 
 def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
     given = fields.get(CHOICES) or ()
-    if isinstance(given, str) or not all(isinstance(choice, str) for choice in given) or len(set(given)) < len(given):
+    fits = isinstance(given, list | tuple) and all(isinstance(choice, str) for choice in given)
+    if not fits or len(set(given)) < len(given):
         raise DataError(f"field {CHOICES!r} is {given!r}; expected a list of different texts")
     return tuple(given)
 

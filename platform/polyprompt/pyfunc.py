@@ -5,13 +5,14 @@ MLflow names this module in the model's files and calls `_load_pyfunc`; nothing 
 """
 
 import json
-import math
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from polyprompt.predictor import Predictor
@@ -36,6 +37,8 @@ class Model:
         self.predictor = Predictor(
             bundle, backbone=os.environ.get(BACKBONE_VARIABLE), device=os.environ.get(DEVICE_VARIABLE, "cpu")
         )
+        # MLflow's server answers each request in a thread of its own.
+        self._one_at_a_time = threading.Lock()
 
     def predict(self, frame: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Answer each row: prediction, score, choice_scores (JSON) and error.
@@ -43,7 +46,9 @@ class Model:
         params: `batch_size`, `mode`, as of `Predictor.predict`. A row that does not fit has its error there.
         """
         given = {key: value for key, value in (params or {}).items() if value not in (None, "")}
-        answers = self.predictor.predict([_row(record) for record in frame.to_dict("records")], **given)
+        rows = [_row(record) for record in frame.to_dict("records")]
+        with self._one_at_a_time:
+            answers = self.predictor.predict(rows, **given)
         table = [asdict(answer) for answer in answers]
         for line in table:
             line["choice_scores"] = json.dumps(line["choice_scores"], ensure_ascii=False)
@@ -52,7 +57,12 @@ class Model:
 
 def _row(record: Mapping[Any, Any]) -> dict[str, Any]:
     """Drop what a column of another task left empty, and unfold `fields`."""
-    row = {str(key): value for key, value in record.items() if not _is_empty(value)}
+    row = {
+        # A column of lists that was read from Parquet has arrays.
+        str(key): value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in record.items()
+        if not (pd.api.types.is_scalar(value) and pd.isna(value))
+    }
     fields = row.pop(FIELDS, None)
     if fields is None:
         return row
@@ -62,7 +72,3 @@ def _row(record: Mapping[Any, Any]) -> dict[str, Any]:
         unfolded = None
     # What is no object is left as it is, and named in the row's error.
     return {**unfolded, **row} if isinstance(unfolded, dict) else {**row, FIELDS: fields}
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -5,6 +5,7 @@ A new version is the `candidate`. It becomes `champion` only where it scores no 
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from polyprompt import __version__, checkpoint, fingerprint, section, tracking
+from polyprompt import __version__, checkpoint, fingerprint, section, tracking, tracking_store
+from polyprompt.config import TrackingConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.predictor import find_bundle
 from polyprompt.pyfunc import FIELDS
@@ -55,19 +57,22 @@ def register(run: Path, name: str, uri: str) -> Version:
     from mlflow import pyfunc
     from mlflow.models import Model
 
-    bundle = checkpoint.read(find_bundle(run))
-    if not (run / RESULT).is_file():
-        raise ConfigError(f"{run} is not of a finished run: {RESULT} is missing. Name the folder of one")
+    for file in (RESULT, RUN):
+        if not (run / file).is_file():
+            raise ConfigError(f"{run} is not of a finished run: {file} is missing. Name the folder of one")
+    if not name or set(name) & set("/:"):
+        raise ConfigError(f"a registered model cannot be called {name!r}; expected a name without / and :")
     record, result = json.loads((run / RUN).read_text()), RunResult.read(run / RESULT)
     if not record["run_id"]:
         raise ConfigError(
             f"{run} was trained with tracking off, so it has no MLflow run. Train with tracking.enabled=true"
         )
+    bundle = checkpoint.read(find_bundle(run))
     scores = {task: values["score"] for task, values in result.eval.items()}
     tasks = [task for task in catalog.forms(bundle.config) if task is not None]
     with tempfile.TemporaryDirectory() as folder, _store(uri):
         slim = checkpoint.without_optimizer(bundle.folder, Path(folder) / "bundle")
-        client = tracking.client_of(uri)
+        client = tracking_store.client_of(uri)
         logged = client.create_logged_model(
             client.get_run(record["run_id"]).info.experiment_id,
             name="model",
@@ -92,8 +97,9 @@ def register(run: Path, name: str, uri: str) -> Version:
         version = Version(name, str(info.registered_model_version))
         tags = {
             SCORES: json.dumps(scores),
-            # Not "data": prompts of another length leave room for other inputs of the very same rows.
-            DATA: json.dumps({task: record["rows"][task] for task in scores}),
+            # Not "data": prompts of another length leave room for other inputs of the very same rows. A run of an older
+            # version has nothing else, and compares with runs on equal tokens.
+            DATA: json.dumps({task: record.get("rows", record["data"])[task] for task in scores}),
             WEIGHTS: bundle.weights,
             ADDED_TO: json.dumps(bundle.state.get(fingerprint.KEPT, {}).get(fingerprint.OF, [])),
             "polyprompt.mean": f"{result.mean:.6f}",
@@ -106,12 +112,12 @@ def register(run: Path, name: str, uri: str) -> Version:
         for task, score in scores.items():
             client.log_metric(
                 record["run_id"],
-                f"registered/{tracking.slug(task)}/score",
+                f"registered/{tracking_store.slug(task)}/score",
                 score,
                 step=int(result.best_step),
                 model_id=info.model_id,
                 dataset_name=task,
-                dataset_digest=f"{record['data'][task]}-validation"[: tracking.MAX_DIGEST_CHARACTERS],
+                dataset_digest=f"{record['data'][task]}-validation"[: tracking_store.MAX_DIGEST_CHARACTERS],
             )
         client.set_registered_model_alias(name, CANDIDATE, version.number)
     return version
@@ -120,20 +126,20 @@ def register(run: Path, name: str, uri: str) -> Version:
 def promote(name: str, uri: str, number: str | None = None) -> Version:
     """Make a version (the candidate) the champion, if it scores no worse than the present one on the same data.
 
-    Raises ConfigError with the reason where it does, or where they were not scored on the same data.
+    Raises ConfigError with the reason where it does, where they were not scored on the same data, and where there is no
+    such version.
     """
+    chosen = current(f"{ADDRESS}{name}/{number}" if number else f"{ADDRESS}{name}@{CANDIDATE}", uri)
     with _store(uri):
-        client = tracking.client_of(uri)
+        client = tracking_store.client_of(uri)
         # MLflow's sqlite store gives numbers, its server texts.
         aliases = {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
-        chosen = number or aliases.get(CANDIDATE)
-        if chosen is None:
-            raise ConfigError(f"model {name} has no {CANDIDATE}; register a run, or name a version")
         champion = aliases.get(CHAMPION)
-        if champion is not None and champion != chosen:
-            _check_no_worse(name, client.get_model_version(name, chosen), client.get_model_version(name, champion))
-        client.set_registered_model_alias(name, CHAMPION, chosen)
-    return Version(name, chosen)
+        if champion is not None and champion != chosen.number:
+            new, old = (client.get_model_version(name, each) for each in (chosen.number, champion))
+            _check_no_worse(name, new, old)
+        client.set_registered_model_alias(name, CHAMPION, chosen.number)
+    return chosen
 
 
 def parse(address: str) -> tuple[str, str]:
@@ -152,8 +158,8 @@ def current(address: str, uri: str) -> Version:
     from mlflow.exceptions import MlflowException
 
     name, which = parse(address)
-    with tracking.store_errors(uri), tracking.patience(retries=1, timeout_seconds=10):
-        client = tracking.client_of(uri)
+    with tracking_store.store_errors(uri), tracking_store.patience(retries=1, timeout_seconds=10):
+        client = tracking_store.client_of(uri)
         try:
             if which.startswith("@"):
                 return Version(name, str(client.get_model_version_by_alias(name, which[1:]).version))
@@ -165,6 +171,21 @@ def current(address: str, uri: str) -> Version:
                 f"{address} is not in the registry of {section.mask(uri)}; `jobs/register.py` makes versions and moves "
                 "the champion"
             ) from error
+
+
+@contextlib.contextmanager
+def opened(source: str, uri: str | None) -> Iterator[Path]:
+    """Hand out the bundle that a source means: a run's folder, a bundle, or models:/… of a store, which is copied here
+    meanwhile.
+
+    uri: as tracking.uri. Raises BundleError, ConfigError, TrackingError.
+    """
+    if not source.startswith(ADDRESS):
+        yield find_bundle(Path(source).absolute())
+        return
+    store = tracking.resolve_uri(TrackingConfig(uri=uri))
+    with tempfile.TemporaryDirectory(prefix="polyprompt-") as folder:
+        yield fetch(current(source, store), store, Path(folder))
 
 
 def fetch(version: Version, uri: str, folder: Path) -> Path:
@@ -203,7 +224,7 @@ def _check_no_worse(name: str, new: Any, old: Any) -> None:
         if new_scores[task] < score - TOLERANCE
     ]
     means = [sum(scores[task] for task in old_scores) / len(old_scores) for scores in (new_scores, old_scores)]
-    if means[0] < means[1] - TOLERANCE:
+    if math.isnan(means[0]) or means[0] < means[1] - TOLERANCE:
         raise ConfigError(
             f"version {new.version} of {name} scores worse than the champion, version {old.version}: mean "
             f"{means[0]:.4f} < {means[1]:.4f} ({'; '.join(worse)}). It stays the {CANDIDATE}"
@@ -217,7 +238,7 @@ def _signature(tasks: Sequence[Task]) -> Any:
     from mlflow.types.schema import Array
 
     names = dict.fromkeys(["input", FIELDS, *(field for task in tasks for field in catalog.fields(task))])
-    text = [ColSpec(DataType.string, field, required=False) for field in names]
+    text = [ColSpec(DataType.string, field, required=False) for field in names if field not in ("task", "choices")]
     choices = ColSpec(Array(DataType.string), "choices", required=False)
     answers = ("prediction", DataType.string), ("score", DataType.double), ("choice_scores", DataType.string)
     return ModelSignature(
@@ -246,7 +267,7 @@ def _store(uri: str) -> Iterator[None]:
 
     # MLflow writes what it is told into this variable, where every later run of this process would find it.
     before = os.environ.get("MLFLOW_TRACKING_URI")
-    with tracking.store_errors(uri), tracking.patience(retries=1, timeout_seconds=30):
+    with tracking_store.store_errors(uri), tracking_store.patience(retries=1, timeout_seconds=30):
         mlflow.set_tracking_uri(uri)
         try:
             yield

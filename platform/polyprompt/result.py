@@ -26,7 +26,7 @@ class RunResult:
     majority: the score of always giving the commonest answer, for tasks that have one. loss_curve: [step, loss] pairs.
     sequence: hash of the (task, example) pairs of all steps; equal means the same data in the same order.
     evaluations: {"step", "mean", "tasks": task → metric → value} of each evaluation, in order.
-    inference_flops: estimated, of one row of median length (costs.py).
+    inference_flops: estimated, of one row of median length (costs.py); 0 in results from before it was there.
     router_collapse: {"step", "prompt", "share"} of a router that had collapsed at the end (router_health.py), else {}.
     Raises TypeError for a value that is no plain number, text, list or table, naming the field.
     """
@@ -58,7 +58,7 @@ class RunResult:
     last_bundle: str
     stopped_early: bool
     evaluations: list[dict[str, Any]]
-    inference_flops: int
+    inference_flops: int = 0
     router_collapse: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

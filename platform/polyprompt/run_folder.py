@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from polyprompt.config import RunConfig, shapes_result
 from polyprompt.errors import ConfigError, DataError
-from polyprompt.result import write_whole
+from polyprompt.result import RunResult, write_whole
 from polyprompt.section import home
 
 RUN, RESULT, BUNDLES, LOCK = "run.json", "result.json", "bundles", ".lock"
@@ -59,6 +59,16 @@ class RunFolder:
             "config": config.flat(),
         }
         write_whole(self.folder / RUN, json.dumps(table, indent=1).encode())
+
+
+def best_bundle(folder: Path, result: RunResult) -> Path:
+    """Return the best bundle of a finished run whose result lies in this folder.
+
+    A run's folder may have been moved as a whole, and another run may lie where it was.
+    """
+    bundle = Path(result.bundle)
+    own = folder / BUNDLES / bundle.name
+    return own if own.is_dir() else bundle
 
 
 def runs() -> Path:

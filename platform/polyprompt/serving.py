@@ -38,7 +38,7 @@ class Endpoint:
     replica, which gpu gives a GPU each. backbone: where all backbones are now, if not where they were in training."""
 
     models: Mapping[str, str]
-    uri: str
+    uri: str = field(repr=False)
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
@@ -63,12 +63,12 @@ class Replica:
         self._engine = Engine(**settings)
         for spec in specs:
             try:
-                await self._engine.load(spec)
+                await self._engine.load(spec, frozenset(specs))
             except PolypromptError as error:
                 log.warning("%s version %s is not loaded ahead: %s", spec.name, spec.version, error)
 
-    async def load(self, spec: Spec) -> Loaded:
-        return await self._engine.load(spec)
+    async def load(self, spec: Spec, wanted: frozenset[Spec]) -> Loaded:
+        return await self._engine.load(spec, wanted)
 
     async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
         return await self._engine.answer(asks, wanted)
@@ -84,16 +84,16 @@ class Replicas:
         """handle: Serve's, of a deployment of Replica."""
         self._handle, self._metrics = handle, metrics
 
-    async def load(self, spec: Spec) -> Loaded:
+    async def load(self, spec: Spec, wanted: frozenset[Spec]) -> Loaded:
         from ray.exceptions import RayActorError
 
-        found = await self._handle.broadcast("load", spec).results_async(return_exceptions=True)
+        found = await self._handle.broadcast("load", spec, wanted).results_async(return_exceptions=True)
         # The successor of one that was lost loads what it is asked for.
         there = [one for one in found if not isinstance(one, RayActorError)]
         for one in there:
             if isinstance(one, Exception):
                 raise _own_error(one) or one
-        return there[0] if there else await self._call("load", spec)
+        return there[0] if there else await self._call("load", spec, wanted)
 
     async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
         return await self._call("answer", list(asks), wanted)

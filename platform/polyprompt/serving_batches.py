@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-#: How often others may go before a kind that waits.
+#: How often others may go before a kind that waits, but for those that have waited longer.
 PATIENCE = 3
 Ask = TypeVar("Ask")
 Reply = TypeVar("Reply")
@@ -15,7 +15,8 @@ Reply = TypeVar("Reply")
 class Batcher(Generic[Ask, Reply]):
     """Answers what is asked from many coroutines of one event loop, in one thread, each kind in batches of its own.
 
-    The kind of which most waits goes next, so that rare ones gather too; each is passed over PATIENCE times at most.
+    The kind of which most waits goes next, so that rare ones gather too; after it was passed over PATIENCE times, the
+    one that was passed over most often.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Batcher(Generic[Ask, Reply]):
             self._task = None
 
     def _next(self) -> list[tuple[Ask, asyncio.Future[Reply]]]:
-        late = [kind for kind in self._waiting if self._passed.get(kind, 0) >= PATIENCE]
-        chosen = late[0] if late else max(self._waiting, key=lambda kind: len(self._waiting[kind]))
+        chosen = max(self._waiting, key=lambda kind: self._passed.get(kind, 0))
+        if self._passed.get(chosen, 0) < PATIENCE:
+            chosen = max(self._waiting, key=lambda kind: len(self._waiting[kind]))
         self._passed = {kind: self._passed.get(kind, 0) + 1 for kind in self._waiting if kind != chosen}
         queue = self._waiting[chosen]
         batch: list[tuple[Ask, asyncio.Future[Reply]]] = []

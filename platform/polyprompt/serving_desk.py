@@ -5,7 +5,7 @@ A request is bound to versions when it is taken, so a version that is replaced m
 
 import asyncio
 import logging
-import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +17,12 @@ from polyprompt.serving_engine import Ask, Engines, Reply
 from polyprompt.serving_limits import Limits, Refusal, Waiting
 from polyprompt.serving_metrics import Metrics
 from polyprompt.serving_models import Loaded, Spec, locate
-from polyprompt.serving_schema import NAME, Answer, ModelInfo
+from polyprompt.serving_schema import Answer, ModelInfo
 
 #: How often aliases are looked up.
 WATCH_SECONDS = 0.3
+#: A version that could not be loaded is tried again after so long: each try may copy gigabytes.
+RETRY_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
@@ -52,6 +54,10 @@ class Desk:
         self._engines, self._uri, self._limits, self._metrics = engines, uri, limits, metrics
         self._served: Mapping[str, Served] = {}
         self._changing = asyncio.Lock()
+        #: Being loaded; not forgotten meanwhile.
+        self._coming: Spec | None = None
+        #: By model the version that its alias meant and that could not be loaded, and when.
+        self._failed: dict[str, tuple[Spec, float]] = {}
         self.waiting = Waiting(limits.waiting_rows)
         metrics.waiting.set_function(lambda: self.waiting.rows)
 
@@ -63,8 +69,6 @@ class Desk:
 
         Raises Refusal (422) where it cannot be loaded; what was served goes on then.
         """
-        if not re.fullmatch(NAME, name):
-            raise Refusal(422, "bad_name", f"a model cannot be called {name!r}; expected letters, digits and . _ -")
         async with self._changing:
             try:
                 return await self._put(await asyncio.to_thread(locate, name, source, self._uri))
@@ -110,11 +114,10 @@ class Desk:
             self._find(model)
         chosen = [self._choose(str(row["task"]), model) for row in rows]
         asks = [Ask(one.spec, row, mode) for row, one in zip(rows, chosen, strict=True) if isinstance(one, Served)]
-        wanted = frozenset(served.spec for served in self._served.values())
         with self.waiting.hold(len(rows)):
             try:
                 async with asyncio.timeout(self._limits.timeout_seconds):
-                    replies = iter(await self._engines.answer(asks, wanted) if asks else [])
+                    replies = iter(await self._engines.answer(asks, self._wanted()) if asks else [])
             except TimeoutError:
                 raise Refusal(
                     504,
@@ -133,20 +136,31 @@ class Desk:
     async def _put(self, spec: Spec) -> ModelInfo:
         old = self._served.get(spec.name)
         if old is None or old.spec != spec:
-            # Everyone has it before anyone is asked for it.
-            loaded = await self._engines.load(spec)
+            self._coming = spec
+            try:
+                # Everyone has it before anyone is asked for it.
+                loaded = await self._engines.load(spec, self._wanted())
+            finally:
+                self._coming = None
             self._served = {**self._served, spec.name: Served(spec, loaded)}
             self._metrics.loads.labels(spec.name, "loaded").inc()
             log.warning("%s: version %s of %s is served", spec.name, spec.version, spec.source)
         return self._served[spec.name].info()
 
+    def _wanted(self) -> frozenset[Spec]:
+        coming = () if self._coming is None else (self._coming,)
+        return frozenset((*(served.spec for served in self._served.values()), *coming))
+
     async def _follow(self, name: str, served: Served) -> None:
         try:
             spec = await asyncio.to_thread(locate, name, served.spec.source, self._uri)
+            failed, when = self._failed.get(name, (None, 0.0))
+            if spec == failed and time.monotonic() < when + RETRY_SECONDS:
+                return
             if spec != served.spec:
                 async with self._changing:
                     if self._served.get(name) is served:
-                        await self._put(spec)
+                        await self._replace(name, spec)
             elif served.error:
                 self._note(name, served, "")
         except Exception as error:  # whatever it is, the next look may find better
@@ -155,6 +169,13 @@ class Desk:
                 log.warning("%s stays at version %s: %s", name, served.spec.version, said)
                 self._metrics.loads.labels(name, "failed").inc()
                 self._note(name, served, said)
+
+    async def _replace(self, name: str, spec: Spec) -> None:
+        try:
+            await self._put(spec)
+        except Exception:
+            self._failed[name] = spec, time.monotonic()
+            raise
 
     def _note(self, name: str, served: Served, error: str) -> None:
         if self._served.get(name) is served:

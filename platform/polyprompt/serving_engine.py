@@ -38,8 +38,11 @@ class Reply:
 class Engines(Protocol):
     """One engine or many of them."""
 
-    async def load(self, spec: Spec) -> Loaded:
-        """Make everyone ready to answer for the model. Raises BundleError, ConfigError, TrackingError."""
+    async def load(self, spec: Spec, wanted: frozenset[Spec]) -> Loaded:
+        """Make everyone ready to answer for the model. wanted: as of `answer`, this one too.
+
+        Raises BundleError, ConfigError, TrackingError.
+        """
 
     async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
         """Answer rows, in order. wanted: the models that will be asked from now on; others may be forgotten."""
@@ -56,16 +59,18 @@ class Engine:
         self._shelf, self._batch_rows = Shelf(backbone=backbone, device=device), batch_rows
         self._batcher = Batcher[tuple[Predictor, Ask], Reply](self._work, _kind, max_rows=batch_rows)
 
-    async def load(self, spec: Spec) -> Loaded:
+    async def load(self, spec: Spec, wanted: frozenset[Spec]) -> Loaded:
+        self._shelf.keep(wanted)
         return await asyncio.to_thread(self._shelf.describe, spec)
 
     async def answer(self, asks: Sequence[Ask], wanted: frozenset[Spec]) -> list[Reply]:
         self._shelf.keep(wanted)
-        # A process that was started anew has not been told to load.
-        for spec in {ask.spec for ask in asks}:
-            if not self._shelf.holds(spec):
-                await asyncio.to_thread(self._shelf.get, spec)
-        return await self._batcher.answer([(self._shelf.get(ask.spec), ask) for ask in asks])
+        found = {
+            # A process that was started anew has not been told to load; that must not keep others waiting.
+            spec: self._shelf.get(spec) if self._shelf.holds(spec) else await asyncio.to_thread(self._shelf.get, spec)
+            for spec in {ask.spec for ask in asks}
+        }
+        return await self._batcher.answer([(found[ask.spec], ask) for ask in asks])
 
     async def check(self) -> None:
         """This process answers, and that is all there is to check."""

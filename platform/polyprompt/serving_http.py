@@ -46,12 +46,13 @@ class Frame:
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, admit: Callable[[str], None]) -> None:
         """admit: is given a request's path before its body is read; raises Refusal."""
         self._app, self._limits, self._metrics, self._admit = app, limits, metrics, admit
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        began, status, body = time.monotonic(), 0, bytearray()
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
@@ -67,8 +68,8 @@ class Frame:
 
         try:
             self._admit(scope["path"])
-            body = await self._body(scope, receive)
-            await self._run(scope, body, receive, send_with_id)
+            await self._read(scope, receive, body)
+            await self._run(scope, bytes(body), receive, send_with_id)
         except Refusal as refusal:
             self._metrics.refused.labels(refusal.code).inc()
             await problem(refusal, request_id)(scope, receive, send_with_id)
@@ -81,14 +82,16 @@ class Frame:
             broken = Refusal(500, "broken", "the server failed; its log says why under this request id")
             await problem(broken, request_id)(scope, receive, send_with_id)
         finally:
+            self._held_bytes -= len(body)
             # What is refused at once has not got as far as its route.
             path = getattr(scope.get("route"), "path", PREDICT if scope["path"] == PREDICT else "other")
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - began)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """Read the body. Raises Refusal (413, 408) where it is too large, by its head or in truth, or does not come."""
-        limit, body = self._limits.body_bytes, bytearray()
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+        """Read the body. Raises Refusal: 413 where it is too large, by its head or in truth, 503 where all in hand are,
+        408 where it does not come."""
+        limit = self._limits.body_bytes
         told = Headers(scope=scope).get("content-length", "")
         too_large = Refusal(
             413, "body_too_large", f"the body exceeds {limit:,} bytes; send fewer rows at a time", limit=limit
@@ -101,11 +104,16 @@ class Frame:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientDisconnect
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    body += part
+                    self._held_bytes += len(part)
                     if len(body) > limit:
                         raise too_large
+                    if self._held_bytes > self._limits.held_bytes:
+                        full = "too much is being read and answered; try again later"
+                        raise Refusal(503, "overloaded", full, limit=self._limits.held_bytes, retry_seconds=1)
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        return
         except TimeoutError:
             late = f"the body did not come within {self._limits.timeout_seconds:g} seconds; send it again"
             raise Refusal(408, "body_too_slow", late) from None

@@ -15,15 +15,16 @@ MAX_WHOLE = 2**53
 
 @dataclass(frozen=True)
 class Limits:
-    """rows: of a request. characters, choices: of a row. body_bytes: of a request. requests_per_second: of all callers
-    together (0: any). waiting_rows: taken and not yet answered; more than that would only wait longer.
-    timeout_seconds: until a request is given up.
+    """rows: of a request. characters, choices: of a row. body_bytes: of a request. held_bytes: of all requests that are
+    read or answered. requests_per_second: of all callers together (0: any). waiting_rows: taken and not yet answered;
+    more than that would only wait longer. timeout_seconds: until a request is given up.
     """
 
     rows: int = 64
     characters: int = 20_000
     choices: int = 100
     body_bytes: int = 4 * 2**20
+    held_bytes: int = 256 * 2**20
     requests_per_second: float = 0
     waiting_rows: int = 256
     timeout_seconds: float = 30
@@ -101,9 +102,9 @@ class Waiting:
         self.rows += rows
         try:
             yield
+            self._answered += rows  # not those that are given up: they say nothing of the speed
         finally:
             self.rows -= rows
-            self._answered += rows
 
     def seconds(self) -> float:
         """Return about how long the waiting rows will take."""

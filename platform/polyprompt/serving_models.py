@@ -1,10 +1,11 @@
 """The models that one process holds: which version a source means, and predictors that share equal backbones."""
 
+import re
 import shutil
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from polyprompt import checkpoint, registry
 from polyprompt.backbone_base import Backbone
 from polyprompt.checkpoint import Bundle
 from polyprompt.config import BackboneConfig, LoRAConfig
-from polyprompt.errors import BundleError
+from polyprompt.errors import BundleError, ConfigError
 from polyprompt.predictor import Predictor, find_bundle
-from polyprompt.serving_schema import TaskInfo
+from polyprompt.serving_schema import NAME, TaskInfo
 from polyprompt.sources import content_hash
 from polyprompt.tasks import catalog
 
@@ -34,7 +35,7 @@ class Spec:
     source: str
     version: str
     place: str
-    uri: str = ""
+    uri: str = field(default="", repr=False)  # it may hold a password
     digest: str = ""
 
 
@@ -52,6 +53,11 @@ def locate(name: str, source: str, uri: str) -> Spec:
 
     Raises BundleError, ConfigError, TrackingError.
     """
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"a model cannot be called {name!r}; expected up to 64 letters, digits and . _ -, the first a letter or "
+            f"digit. Call it otherwise: NAME={source}"
+        )
     if source.startswith(registry.ADDRESS):
         version = registry.current(source, uri)
         return Spec(name, source, version.number, version.uri, uri)
@@ -92,13 +98,14 @@ class Shelf:
 
     def get(self, spec: Spec) -> Predictor:
         """Return the model, loaded if it is not held yet. Raises BundleError, ConfigError, TrackingError."""
-        self._used[spec] = time.monotonic()
         # One that is held never waits for another one that is being loaded.
         held = self._held.get(spec)
         if held is None:
             with self._lock:
                 held = self._held.get(spec) or self._load(spec)
+                self._used[spec] = time.monotonic()
                 self._held[spec] = held
+        self._used[spec] = time.monotonic()
         return held
 
     def keep(self, wanted: frozenset[Spec]) -> None:

@@ -140,7 +140,7 @@ def _jsonl(path: Path) -> Iterator[tuple[Origin, Row | DataError]]:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 yield origin, DataError(f"{origin}: not UTF-8 text: {error}")
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also for numbers too long, and lists too deep
                 yield origin, DataError(f"{origin}: not valid JSON: {error}")
             else:
                 if isinstance(row, dict):

@@ -1,7 +1,6 @@
 """A study in MLflow: one parent run, every training run its child, the best one registered as candidate.
 
-Two levels, no more: the runs of all seeds of all trials are children of the study. Beside tracking.py the only file
-that imports mlflow.
+Two levels, no more: the runs of all seeds of all trials are children of the study.
 """
 
 import json
@@ -11,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from polyprompt import tracking
+from polyprompt import tracking, tracking_store
 from polyprompt.config import TrackingConfig
 from polyprompt.errors import PolypromptError, TrackingError
 from polyprompt.result import RunResult
 from polyprompt.run_folder import RESULT
-from polyprompt.tracking import MAX_KEY_CHARACTERS, MAX_TAG_CHARACTERS, RunHandle
+from polyprompt.tracking import RunHandle
+from polyprompt.tracking_store import MAX_KEY_CHARACTERS, MAX_TAG_CHARACTERS
 
 LOGGER = logging.getLogger(__name__)
 PARENT = "mlflow.parentRunId"
@@ -123,7 +123,7 @@ def close_study(parent: RunHandle, study: Study, folder: Path, status: Status) -
     """
 
     def close() -> None:
-        client = tracking.client_of(parent.uri)
+        client = tracking_store.client_of(parent.uri)
         children = _children(client, parent)
         for trial in study.trials:
             for run in trial.runs:
@@ -140,7 +140,7 @@ def close_study(parent: RunHandle, study: Study, folder: Path, status: Status) -
         client.set_terminated(parent.run_id, status)
 
     def register() -> None:
-        _register(tracking.client_of(parent.uri), study)
+        _register(tracking_store.client_of(parent.uri), study)
 
     closed = tracking.tolerant(parent, f"the study {study.name}", close, timeout_seconds=30)
     return closed and tracking.tolerant(parent, "the candidate", register, timeout_seconds=30)
@@ -166,7 +166,7 @@ def _close_child(client: Any, child: Any, study: Study, trial: Trial, run: SeedR
         tags["polyprompt.cause"] = run.cause
     new = {key: value for key, value in tags.items() if child.data.tags.get(key) != value}
     # The run's own params hold every searched key but those inside a table, which are one JSON param there.
-    params = {tracking.slug(key): _text(value) for key, value in trial.params.items()}
+    params = {tracking_store.slug(key): _text(value) for key, value in trial.params.items()}
     client.log_batch(
         child.info.run_id,
         params=[Param(key, value) for key, value in params.items() if key not in child.data.params],
@@ -183,8 +183,8 @@ def _log_changed(client: Any, run: Any, metrics: Mapping[str, float]) -> None:
     """Log the values that the run does not have yet. The time orders values of a step: a changed one is the latest."""
     from mlflow.entities import Metric
 
-    now, have = tracking.now_ms(), run.data.metrics
-    slugged = {tracking.slug(key): float(value) for key, value in metrics.items() if math.isfinite(value)}
+    now, have = tracking_store.now_ms(), run.data.metrics
+    slugged = {tracking_store.slug(key): float(value) for key, value in metrics.items() if math.isfinite(value)}
     changed = [Metric(key, value, now, 0) for key, value in slugged.items() if have.get(key) != value]
     if changed:
         client.log_batch(run.info.run_id, metrics=changed)

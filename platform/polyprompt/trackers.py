@@ -14,19 +14,8 @@ from typing import Any, Protocol
 
 from polyprompt.result import write_whole
 from polyprompt.section import mask
-from polyprompt.tracking import (
-    MAX_METRICS_A_BATCH,
-    Points,
-    Row,
-    RunHandle,
-    json_number,
-    now_ms,
-    patience,
-    read_rows,
-    reason,
-    slug,
-    system_monitor,
-)
+from polyprompt.tracking import Points, Row, RunHandle, json_number, read_rows, system_monitor
+from polyprompt.tracking_store import MAX_METRICS_A_BATCH, now_ms, patience, reason, slug
 
 LOGGER = logging.getLogger(__name__)
 UNSENT_FILE = "unsent_metrics.jsonl"

@@ -1,40 +1,44 @@
-"""One run in MLflow, from its opening to its end. The only file that imports mlflow.
+"""One run in MLflow, from its opening to its end.
 
 The driver opens the run (`open_run`), sends its handle to rank 0, which logs (trackers.py), and ends it (`finish`).
-No global state of mlflow is used. It is imported inside functions: that takes seconds, and a run without tracking does
-not need it.
+No global state of mlflow is used.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
-import posixpath
-import re
-import textwrap
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
-
-from filelock import FileLock, Timeout
 
 from polyprompt import __version__, experiment_view
 from polyprompt.config import RunConfig, TrackingConfig, shapes_result
-from polyprompt.errors import PolypromptError, TrackingError
+from polyprompt.errors import TrackingError
 from polyprompt.section import MASKED, home, mask
 from polyprompt.tasks.records import FileSource, HubSource, Source, TextSource
+from polyprompt.tracking_store import (
+    MAX_DIGEST_CHARACTERS,
+    MAX_METRICS_A_BATCH,
+    MAX_PARAMS_A_BATCH,
+    MAX_TAG_CHARACTERS,
+    alone,
+    client_of,
+    make_store,
+    now_ms,
+    param_text,
+    patience,
+    quiet,
+    reason,
+    slug,
+    sqlite_file,
+    store_errors,
+)
 
 LOGGER = logging.getLogger(__name__)
-# MLflow's own limits (mlflow.utils.validation).
-MAX_METRICS_A_BATCH, MAX_PARAMS_A_BATCH = 1000, 100
-MAX_KEY_CHARACTERS, MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS, MAX_DIGEST_CHARACTERS = 250, 6000, 8000, 36
-LOCK_TIMEOUT_SECONDS = 120.0
 #: Tag of a run: JSON, task → digest of its rows (12 digits). Scores on equal rows compare.
 ROWS = "polyprompt.rows"
 
@@ -147,10 +151,10 @@ def create_or_reopen(
 ) -> RunHandle:
     """Create a run as it is described, or open run_id again; see `open_run`."""
     with store_errors(uri), patience(retries=1, timeout_seconds=5):
-        _make_store(uri)
+        make_store(uri)
         client = client_of(uri)
         # Two runs that are the first to name a data set at the same moment break MLflow's unique keys.
-        with _alone(_sqlite_file(uri)):
+        with alone(sqlite_file(uri)):
             if run_id is None:
                 return _create(client, uri, experiment, name, tags, params, datasets)
             return _reopen(client, uri, run_id, tags, params, datasets)
@@ -205,19 +209,6 @@ def resend(path: Path, uri: str, run_id: str) -> int:
     return len(rows)
 
 
-def slug(name: str) -> str:
-    """Return the metric or param name that MLflow accepts on every system, for a name that it may refuse.
-
-    A changed name ends with a hash of the old one, so that two names never become one.
-    """
-    clean = re.sub(r"[^A-Za-z0-9_.\-/ ]", "_", name)
-    path_like = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
-    if clean == name and path_like and len(name) <= MAX_KEY_CHARACTERS:
-        return name
-    parts = [part for part in clean.split("/") if part.strip(".")]
-    return "/".join(parts)[: MAX_KEY_CHARACTERS - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-
-
 class Points:
     """Sends points that a run lacks."""
 
@@ -246,20 +237,8 @@ def system_monitor(handle: RunHandle) -> Any:
     """Return MLflow's collectors of system metrics, of which only collecting is used: no thread, no sending."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    with _quiet("mlflow.system_metrics"):
+    with quiet("mlflow.system_metrics"):
         return SystemMetricsMonitor(handle.run_id, tracking_uri=handle.uri)
-
-
-def client_of(uri: str, *, create: bool = False) -> Any:
-    """Return a client of a store. Raises TrackingError for a sqlite file that is absent and must not be created."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    file = _sqlite_file(uri)
-    if file is not None and not create and not file.exists():
-        raise TrackingError(f"{file} is not on this machine; runs over several machines need an mlflow server")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
 
 
 def _create(
@@ -332,7 +311,7 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
     """Find or create an experiment. The artifacts of a sqlite store lie beside it; a server has its own place."""
     from mlflow.exceptions import MlflowException
 
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     try:
         if (found := client.get_experiment_by_name(name)) is None:
             place = str(file.parent / "mlartifacts") if file else None
@@ -387,88 +366,6 @@ def _mlflow_source(source: Source | TextSource, split: str) -> tuple[str, dict[s
     }
 
 
-def param_text(value: str) -> str:
-    """Fit a value into a param: a long one is cut, and its hash still tells it from any other."""
-    if len(value) <= MAX_PARAM_CHARACTERS:
-        return value
-    ending = f"… sha256:{hashlib.sha256(value.encode()).hexdigest()}"
-    return value[: MAX_PARAM_CHARACTERS - len(ending)] + ending
-
-
-def _make_store(uri: str) -> None:
-    """Create the tables of a new sqlite store, aside and in one process: half-made or made by two, it stays broken."""
-    file = _sqlite_file(uri)
-    if file is None or _is_made(file):
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(file), _quiet("mlflow.store.db.utils", "alembic"):
-        if not _is_made(file):
-            aside = file.with_name(f".{file.name}.new")
-            aside.unlink(missing_ok=True)
-            client_of(f"sqlite:///{aside}", create=True)
-            os.replace(aside, file)
-
-
-@contextlib.contextmanager
-def _alone(file: Path | None) -> Iterator[None]:
-    """Keep other processes from making anything in a sqlite store meanwhile. None: a server, which sees to that."""
-    if file is None:
-        yield
-        return
-    lock = FileLock(f"{file}.lock")
-    try:
-        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
-    except Timeout:
-        raise TrackingError(f"{file}.lock stays locked by another process; end that one") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _is_made(file: Path) -> bool:
-    return file.exists() and file.stat().st_size > 0
-
-
-@contextlib.contextmanager
-def store_errors(uri: str) -> Iterator[None]:
-    """Turn any failure of a store into a TrackingError that says how to mend it, and shows no password."""
-    try:
-        yield
-    except PolypromptError:
-        raise
-    except Exception as error:
-        own = "Move the file away to start a new one" if _sqlite_file(uri) else "Start the server"
-        mend = f"{own}, set MLFLOW_TRACKING_URI to a store that works, or train without one: tracking.enabled=false"
-        raise TrackingError(f"tracking store {mask(uri)} cannot be used: {reason(error)}. {mend}") from None
-
-
-@contextlib.contextmanager
-def patience(*, retries: int, timeout_seconds: int) -> Iterator[None]:
-    """Bound how long MLflow's client tries a server, where the user has not; its own bounds add up to minutes."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_seconds)}
-    mine = [key for key in wanted if key not in os.environ]
-    os.environ.update({key: wanted[key] for key in mine})
-    try:
-        yield
-    finally:
-        for key in mine:
-            os.environ.pop(key, None)
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Silence loggers below WARNING (a first migration prints a line for each of its eighty steps)."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
 def tolerant(handle: RunHandle, what: str, act: Callable[[], None], *, timeout_seconds: int) -> bool:
     try:
         with patience(retries=1, timeout_seconds=timeout_seconds):
@@ -477,15 +374,6 @@ def tolerant(handle: RunHandle, what: str, act: Callable[[], None], *, timeout_s
         LOGGER.warning("MLflow at %s did not take %s. %s", mask(handle.uri), what, reason(error))
         return False
     return True
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of an error, without passwords."""
-    return textwrap.shorten(mask(f"{type(error).__name__}: {error}".splitlines()[0]), 240, placeholder=" …")
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.partition(":///")[2].partition("?")[0]) if urlsplit(uri).scheme.startswith("sqlite") else None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -497,10 +385,6 @@ def read_rows(path: Path) -> list[Row]:
 
 def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

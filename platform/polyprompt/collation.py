@@ -1,0 +1,55 @@
+"""Rows of token ids as padded tensors.
+
+Letters: B rows of a batch, T input tokens, S target tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from polyprompt.tasks.records import TokenRow
+
+IGNORED = -100
+"""The label of padding: the loss passes over it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows, all int64. mask_BT: 1 for real tokens. labels_BS: IGNORED where padded. task_B: task ids."""
+
+    input_ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BS: Tensor
+    task_B: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(t.to(device) for t in (self.input_ids_BT, self.mask_BT, self.labels_BS, self.task_B)))
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Target tokens that count in the loss."""
+        return int((self.labels_BS != IGNORED).sum())
+
+
+def collate(rows: Sequence[TokenRow], task_ids: Sequence[int], pad_id: int) -> Batch:
+    """Pad rows to the longest input and the longest target among them."""
+    if len(rows) != len(task_ids):
+        raise ValueError(f"{len(rows)} rows but {len(task_ids)} task ids")
+    inputs, targets = [r.input_ids for r in rows], [r.target_ids for r in rows]
+    mask_BT = _padded([[1] * len(ids) for ids in inputs], 0)
+    return Batch(_padded(inputs, pad_id), mask_BT, _padded(targets, IGNORED), torch.tensor(task_ids, dtype=torch.int64))
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+
+def length_batches(lengths: Sequence[int] | npt.NDArray[np.int32], batch_size: int) -> list[list[int]]:
+    """Cut the indices into batches of like length, longest first: less padding, and too little memory shows at once."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
