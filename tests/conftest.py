@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +20,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="5",
     HF_HUB_OFFLINE="1",
     MLFLOW_DISABLE_TELEMETRY="true",
     OMP_NUM_THREADS="1",
@@ -220,3 +221,28 @@ def shipped(ray_cluster: None, request: pytest.FixtureRequest) -> None:
     import ray.cloudpickle
 
     ray.cloudpickle.register_pickle_by_value(request.module)
+
+
+@pytest.fixture
+def drill(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Takes the line of a fault: what was done, the steps that had to be trained again, is the curve the unbroken
+    run's? They are shown as a table at the end."""
+
+    def tell(done: str, *, lost: int | str, equal: bool | str) -> None:
+        curve = ("equal" if equal else "NOT EQUAL") if isinstance(equal, bool) else equal
+        record_property("drill", (done, str(lost), curve))
+
+    return tell
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome) if r.when == "call"]
+    lines = []
+    for report in reports:
+        told = [value for key, value in report.user_properties if key == "drill"]
+        ended = [(report.nodeid, "?", "FAILED")] if report.failed and "faults" in report.keywords else []
+        lines += told + ended
+    if lines:
+        terminalreporter.section("faults: what was done | steps lost | loss curve and scores against the unbroken run")
+        for line in lines:
+            terminalreporter.write_line(" | ".join(line))

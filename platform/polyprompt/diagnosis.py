@@ -15,8 +15,8 @@ MOST_NAMED = 5
 def find(
     module: nn.Module, batch: GlobalBatch, tasks: Sequence[str], forward: Callable[[Batch], tuple[Loss, Tensor]]
 ) -> list[str]:
-    """Compute this process's shards once more, with the same weights and random numbers; name the rows whose loss is not
-    finite, or, where all are, the micro-batches whose gradient is not. Leaves no gradients.
+    """Compute this process's shards once more, with the same weights and random numbers; name the rows whose loss is
+    not finite, or, where all are, the micro-batches whose gradient is not. Leaves no gradients.
 
     forward: micro-batch → loss, and what is minimised.
     """

@@ -1,8 +1,8 @@
 """A worker that hangs is named; its peers would wait for it without a word.
 
 A thread of each worker tells the others, through a store in the first worker's process, how many meetings (sums,
-gathers) its training has come to and at which line it is. Who has waited in a meeting for longer than the time-out looks
-who has not come to it, or tells nothing any more.
+gathers) its training has come to and at which line it is. Who has waited in a meeting for longer than the time-out
+looks who has not come to it, or tells nothing any more.
 """
 
 import json
@@ -95,7 +95,7 @@ class Watch:
         return [rank for rank in others if rank not in self._told or self._told[rank][1] < old]
 
     def _say(self) -> str:
-        late = {rank: "gives no sign of life" for rank in self._silent()}
+        late = dict.fromkeys(self._silent(), "gives no sign of life")
         if not late:
             for rank, (told, _) in self._told.items():
                 _, meetings, line = json.loads(told)

@@ -109,7 +109,7 @@ class RunReporter:
             except StorageError as error:
                 fault = StorageError(
                     f"{error}. Last good bundle: {self.last_good()}. Make room (fewer are kept with a lower train."
-                    "save_total_limit), or bring the folder back, and start the same command again: it goes on from there"
+                    "save_total_limit) or bring the folder back, and start the same command again: it goes on"
                 )
         # The others must end too, or they would wait for it for ever.
         for found in self.workers.gather(fault):
