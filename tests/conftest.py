@@ -235,13 +235,18 @@ def drill(record_property: Callable[[str, object], None]) -> Callable[..., None]
     return tell
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("faults"):
+        item.user_properties.append(("fault", item.nodeid))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome) if r.when == "call"]
     lines = []
     for report in reports:
-        told = [value for key, value in report.user_properties if key == "drill"]
-        ended = [(report.nodeid, "?", "FAILED")] if report.failed and "faults" in report.keywords else []
-        lines += told + ended
+        kind = {"drill"} if report.passed else {"drill", "fault"}
+        told = [value for key, value in report.user_properties if key in kind]
+        lines += [(value, "?", "FAILED") if isinstance(value, str) else value for value in told]
     if lines:
         terminalreporter.section("faults: what was done | steps lost | loss curve and scores against the unbroken run")
         for line in lines:

@@ -40,7 +40,9 @@ def test_who_has_not_come_is_named_with_the_line_where_it_is() -> None:
     over.set()
     for thread in others:
         thread.join()
-    assert said.startswith("the others have waited for 3 s (compute.hang_timeout_seconds) for a worker: worker 1 is at ")
+    assert said.startswith(
+        "the others have waited for 3 s (compute.hang_timeout_seconds) for a worker: worker 1 is at "
+    )
     assert "worker 2" not in said
 
 
