@@ -236,7 +236,8 @@ def _end_of_a_hang(job: Job, said: str) -> None:
     too_late.daemon = True
     too_late.start()
     try:
-        write_whole(job.folder / HANG, said.encode())
+        if not (job.folder / HANG).exists():  # whoever was first saw it best: now that one is missing too
+            write_whole(job.folder / HANG, said.encode())
     finally:
         os._exit(1)
 
