@@ -27,14 +27,25 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 import polyprompt
-from polyprompt import checkpoint, logged_models, placement, registry, report, retry, run_folder, run_note, tracking
+from polyprompt import (
+    checkpoint,
+    logged_models,
+    placement,
+    progress,
+    registry,
+    report,
+    retry,
+    run_folder,
+    run_note,
+    tracking,
+)
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData, Split
 from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, StorageError, TrainingError
@@ -45,7 +56,7 @@ from polyprompt.run_folder import RunFolder
 from polyprompt.stopping import STOP, on_sigterm
 from polyprompt.study_tracking import PARENT
 from polyprompt.text_store import TextSplit
-from polyprompt.worker import HANG, LOG, PROGRESS, Job, Outcome, check_folder, train
+from polyprompt.worker import HANG, Job, Outcome, check_folder, train
 
 PLACEMENT = "placement_group"
 #: Why no restart can help, left by the worker that failed.
@@ -125,7 +136,7 @@ def _run(
         job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit(), stop=stop)
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
-        with _progress(place, config.train.max_steps), on_sigterm(place.folder) as listen:
+        with progress.show(place, config.train.max_steps), on_sigterm(place.folder) as listen:
             outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job)
         result = _result(config, place, checked, outcome, handle)
         try:
@@ -379,41 +390,6 @@ def _last(error: BaseException) -> str:
     error = getattr(error, "health_check_failure", error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else type(error).__name__
-
-
-@contextmanager
-def _progress(place: RunFolder, max_steps: int) -> Iterator[None]:
-    """Show the progress and the messages that the first worker, wherever it runs, leaves in the run folder."""
-    file, done = place.folder / PROGRESS, threading.Event()
-    file.unlink(missing_ok=True)
-
-    def follow(bar: report.Progress) -> None:
-        shown, log = None, place.folder / LOG
-        log.touch()
-        messages = log.open()
-        messages.seek(0, os.SEEK_END)
-        while True:
-            ending = done.wait(0.25)
-            for line in messages:
-                bar.say(line.rstrip())
-            with suppress(OSError):  # none yet, or the folder is away
-                seen = json.loads(file.read_text())
-                if seen != shown:
-                    bar.update(seen["step"], seen["loss"], seen["examples_per_second"])
-                shown = seen
-            if ending:
-                messages.close()
-                return
-
-    with report.Progress(max_steps) as bar:
-        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            file.unlink(missing_ok=True)
 
 
 def _open_tracking(config: RunConfig, checked: Plan, run_id: str, tags: Mapping[str, str]) -> tracking.RunHandle | None:
