@@ -259,7 +259,8 @@ class TestOnRay:
         with pytest.raises(TrainingError, match=r"at step 2.*last good bundle: .*step_00000001"):
             go(small_run, tmp_path / "out", num_workers=2)
 
-    def test_a_mistake_in_code_is_not_retried(self, small_run: Table, tmp_path: Path) -> None:
+    @pytest.mark.faults
+    def test_a_mistake_in_code_is_not_retried(self, small_run: Table, tmp_path: Path, drill: Drill) -> None:
         """A bundle whose state lacks a field, though its manifest is right: only workers read it."""
         small_run["train"] |= {"save_steps": 4}
         go(small_run, tmp_path / "out")
@@ -272,6 +273,7 @@ class TestOnRay:
         with pytest.raises(TrainingError, match=r"a restart cannot mend: KeyError: 'train' \(.*worker\.py:\d+\)"):
             go(small_run, tmp_path / "out", num_workers=2)
         assert not (tmp_path / "out" / "fatal").exists()
+        drill("a mistake in code on the workers", lost=0, equal="ended at once, with file and line")
 
 
 @pytest.mark.faults
