@@ -3,18 +3,22 @@
     python jobs/table.py TABLE.yaml [key.sub=value …] --out DIR [--at-once N]
 
 TABLE.yaml: `recipe` (or a list of them), `seeds`, and `rows`: a label and its overrides. What is finished in DIR is not
-run again, and what was stopped goes on. jobs/tables/ holds those behind docs/results.md.
+run again, and what was stopped goes on. SIGTERM is handed on to the runs under way. jobs/tables/ holds those behind
+docs/results.md.
 """
 
 import argparse
 import csv
 import re
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
@@ -24,10 +28,12 @@ from rich.progress import track
 
 from polyprompt import recipe
 from polyprompt.command import exit_status
-from polyprompt.errors import ConfigError, TrainingError
+from polyprompt.errors import ConfigError, StoppedError, TrainingError
 from polyprompt.result import RunResult, faults
 
 MULTITASK = Path(__file__).with_name("multitask.py")
+#: What a run that SIGTERM ended returns.
+STOPPED = 128 + signal.SIGTERM
 Results = dict[str, list[RunResult]]
 
 
@@ -41,6 +47,39 @@ class Experiments(BaseModel):
     rows: dict[str, list[str]] = Field(min_length=1)
 
 
+class UnderWay:
+    """The runs that train now. Inside its `with` block a SIGTERM to this process goes to each, and no other begins."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def __enter__(self) -> "UnderWay":
+        self._before = signal.signal(signal.SIGTERM, self._hand_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def run(self, command: Sequence[str], log: IO[str]) -> int | None:
+        """Return a run's status when it ends; None if it was not begun."""
+        if self.stopped:
+            return None
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        self._processes.add(process)
+        if self.stopped:  # meanwhile
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self._processes.discard(process)
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        for process in tuple(self._processes):
+            process.terminate()
+
+
 def read(path: Path) -> Experiments:
     """Read a table file. Raises ConfigError."""
     try:
@@ -50,7 +89,8 @@ def read(path: Path) -> Experiments:
 
 
 def run(table: Experiments, overrides: Sequence[str], out: Path, at_once: int) -> Results:
-    """Run what is not finished yet, `at_once` runs side by side. Raises TrainingError naming the log of a failed run.
+    """Run what is not finished yet, `at_once` runs side by side. Raises TrainingError naming the log of a failed run,
+    and StoppedError after a SIGTERM, when the runs under way have left their last bundles.
 
     Every run's config is checked before the first one starts.
     """
@@ -76,13 +116,15 @@ def run(table: Experiments, overrides: Sequence[str], out: Path, at_once: int) -
             str(folder),
         ]
         with job_log.open("a") as log:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-        if done.returncode:
-            raise TrainingError(f"{label}, seed {seed}, ended with status {done.returncode}; see {job_log}")
+            status = under_way.run(command, log)
+        if status is None or (under_way.stopped and status == STOPPED):
+            raise StoppedError("SIGTERM ended the table; the same command goes on")
+        if status:
+            raise TrainingError(f"{label}, seed {seed}, ended with status {status}; see {job_log}")
         return label, RunResult.read(folder / "result.json")
 
     results: Results = {label: [] for label in table.rows}
-    with ThreadPoolExecutor(at_once) as pool:
+    with UnderWay() as under_way, ThreadPoolExecutor(at_once) as pool:
         console = Console(stderr=True)
         for label, result in track(pool.map(one, cells), "runs", total=len(cells), console=console):
             results[label].append(result)

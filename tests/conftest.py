@@ -22,6 +22,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="5",
     HF_HUB_OFFLINE="1",
     MLFLOW_DISABLE_TELEMETRY="true",
     OMP_NUM_THREADS="1",
@@ -245,3 +246,33 @@ def shipped(ray_cluster: None, request: pytest.FixtureRequest) -> None:
     import ray.cloudpickle
 
     ray.cloudpickle.register_pickle_by_value(request.module)
+
+
+@pytest.fixture
+def drill(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Takes the line of a fault: what was done, the steps that had to be trained again, is the curve the unbroken
+    run's? They are shown as a table at the end."""
+
+    def tell(done: str, *, lost: int | str, equal: bool | str) -> None:
+        curve = ("equal" if equal else "NOT EQUAL") if isinstance(equal, bool) else equal
+        record_property("drill", (done, str(lost), curve))
+
+    return tell
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("faults"):
+        item.user_properties.append(("fault", item.nodeid))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome) if r.when == "call"]
+    lines = []
+    for report in reports:
+        kind = {"drill"} if report.passed else {"drill", "fault"}
+        told = [value for key, value in report.user_properties if key in kind]
+        lines += [(value, "?", "FAILED") if isinstance(value, str) else value for value in told]
+    if lines:
+        terminalreporter.section("faults: what was done | steps lost | loss curve and scores against the unbroken run")
+        for line in lines:
+            terminalreporter.write_line(" | ".join(line))

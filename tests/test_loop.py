@@ -1,7 +1,7 @@
 """The loop, in this process: it learns, resumes exactly, keeps the best, and stops for what is not finite."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,24 @@ def test_resuming_between_two_logged_steps_keeps_the_curve(small_run: Table, tmp
     assert [step for step, _ in unbroken.state.loss_curve] == [5, 10, 12]
 
 
-def test_a_damaged_newest_bundle_is_passed_over(small_run: Table, tmp_path: Path) -> None:
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_a_damaged_newest_bundle_is_passed_over(
+    small_run: Table, tmp_path: Path, damage: str, drill: Callable[..., None]
+) -> None:
     unbroken = go(small_run, tmp_path / "a")
     with pytest.raises(Stopped):
         go(small_run, tmp_path / "b", stop_at=8)
-    (tmp_path / "b" / "bundles" / "step_00000008" / "optimizer.pt").write_bytes(b"torn")
-    assert go(small_run, tmp_path / "b").state.loss_curve == unbroken.state.loss_curve
+    file = tmp_path / "b" / "bundles" / "step_00000008" / "optimizer.pt"
+    content = file.read_bytes()
+    half = len(content) // 2
+    file.write_bytes(content[:half] if damage == "truncated" else content[:half] + b"!" + content[half + 1 :])
+    resumed = go(small_run, tmp_path / "b")
+    equal = resumed.state.loss_curve == unbroken.state.loss_curve
+    drill(f"the newest bundle is {damage}: named, and passed over", lost=8 - 4, equal=equal)
+    assert equal
+    said = (tmp_path / "b" / "run.log").read_text()
+    assert "step_00000008 is damaged: optimizer.pt does not match its sha256" in said
 
 
 def test_a_finished_run_trains_no_further(small_run: Table, tmp_path: Path) -> None:
@@ -270,10 +282,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_run: Table, tmp_path: Pat
     with pytest.raises(TrainingError) as error:
         go(small_run, tmp_path / "a")
     message = str(error.value)
-    assert "at step 2" in message
+    assert re.search(r"at step 2: loss of \S+, training example \d+.* \(shard \d\)", message)
     assert re.search(r"tasks in the batch: my/larger \(\d+ rows\), embedded/nli", message)
     assert "step_00000001" in message
-    assert "Lower train.learning_rate" in message
+    assert "lower train.learning_rate" in message
     assert all(torch.isfinite(value).all() for value in final_tensors(tmp_path / "a").values())
 
 

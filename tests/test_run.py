@@ -8,13 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+from fault_drill import Losses, Table, go, meanwhile, newest, same, steps_lost, train_workers, until
 from mlflow import MlflowClient
 
 from polyprompt import checkpoint
@@ -24,11 +22,7 @@ from polyprompt.recipe import check
 from polyprompt.result import RunResult
 
 ROOT = Path(__file__).parents[1]
-Table = dict[str, Any]
-
-
-def go(table: Table, out: Path, **compute: Any) -> RunResult:
-    return run(check({**table, "compute": compute}), out=out, say=lambda line: None)
+Drill = Callable[..., None]
 
 
 @pytest.fixture
@@ -187,6 +181,7 @@ def test_bad_input_ends_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -196,13 +191,14 @@ def test_bad_input_ends_before_anything_is_written(
     ],
 )
 def test_a_bad_row_is_named_with_file_and_line(
-    small_run: Table, rows: dict[str, Path], tmp_path: Path, line: str, message: str
+    small_run: Table, rows: dict[str, Path], tmp_path: Path, line: str, message: str, drill: Drill
 ) -> None:
     with rows["train"].open("a") as file:
         file.write(line + "\n")
     small_run["data"].pop("max_train_examples")
     with pytest.raises(DataError, match=message):
         go({**small_run, "tasks": small_run["tasks"][:1]}, tmp_path / "out")
+    drill(f"a poisoned row: {line}", lost=0, equal="refused before training, with file and line")
 
 
 @pytest.mark.ray
@@ -227,16 +223,6 @@ class TestOnRay:
         result = go(small_run, tmp_path / "2", num_workers=2)
         assert (result.loss_curve, result.eval) == (alone.loss_curve, alone.eval)
 
-    def test_a_stopped_run_goes_on_with_another_number_of_workers(self, small_run: Table, tmp_path: Path) -> None:
-        alone = go(small_run, tmp_path / "out")
-        # As if it had been stopped after its first bundles.
-        (tmp_path / "out" / "result.json").unlink()
-        for folder in checkpoint.bundles(tmp_path / "out" / "bundles")[1:]:
-            shutil.rmtree(folder)
-        resumed = go(small_run, tmp_path / "out", num_workers=2)
-        assert resumed.num_workers == 2
-        assert (resumed.sequence, resumed.loss_curve, resumed.eval) == (alone.sequence, alone.loss_curve, alone.eval)
-
     def test_ddp_gives_the_same_curve_but_for_rounding(self, small_run: Table, tmp_path: Path) -> None:
         alone = go(small_run, tmp_path / "0")
         result = go(small_run, tmp_path / "2", num_workers=2, gradient_sum="ddp")
@@ -244,27 +230,27 @@ class TestOnRay:
         for (_, a), (_, b) in zip(alone.loss_curve, result.loss_curve, strict=True):
             assert b == pytest.approx(a, abs=1e-4)
 
-    def test_a_killed_worker_costs_nothing(self, tracked: Table, tmp_path: Path) -> None:
+    @pytest.mark.faults
+    def test_a_killed_worker_costs_nothing(self, tracked: Table, tmp_path: Path, drill: Drill) -> None:
         tracked["train"] |= {"max_steps": 60, "save_steps": 5, "save_total_limit": 100}
         tracked["evaluate"] = {"steps": 30}
         unbroken = go(tracked, tmp_path / "a")
-        killed = threading.Event()
+        out = tmp_path / "b"
+        losses = Losses(out)
 
         def kill() -> None:
-            """Kill one worker once three bundles are there."""
-            while len(checkpoint.bundles(tmp_path / "b" / "bundles")) < 3:
-                time.sleep(0.02)
-            workers = [p for p in psutil.Process().children(recursive=True) if is_train_worker(p)]
-            workers[-1].kill()
-            killed.set()
+            until(lambda: newest(out) >= 15)
+            train_workers()[-1].kill()
 
-        thread = threading.Thread(target=kill, daemon=True)
-        thread.start()
-        broken = go(tracked, tmp_path / "b", num_workers=2)
-        assert killed.is_set()
+        killing = meanwhile(kill)
+        broken = go(tracked, out, losses, num_workers=2)
+        killing.join()
+        equal = same(broken, unbroken)
+        drill("SIGKILL to a worker", lost=losses.steps[0], equal=equal)
+        assert losses.steps[0] <= 5
         assert broken.loss_curve == unbroken.loss_curve
         assert broken.eval == unbroken.eval
-        assert len(checkpoint.bundles(tmp_path / "b" / "bundles")) == 12
+        assert len(checkpoint.bundles(out / "bundles")) == 12
         # Nothing twice, nothing missing in MLflow either.
         assert history(tracked, broken, "train/loss") == [(int(s), v) for s, v in broken.loss_curve]
 
@@ -273,7 +259,8 @@ class TestOnRay:
         with pytest.raises(TrainingError, match=r"at step 2.*last good bundle: .*step_00000001"):
             go(small_run, tmp_path / "out", num_workers=2)
 
-    def test_a_mistake_in_code_is_not_retried(self, small_run: Table, tmp_path: Path) -> None:
+    @pytest.mark.faults
+    def test_a_mistake_in_code_is_not_retried(self, small_run: Table, tmp_path: Path, drill: Drill) -> None:
         """A bundle whose state lacks a field, though its manifest is right: only workers read it."""
         small_run["train"] |= {"save_steps": 4}
         go(small_run, tmp_path / "out")
@@ -286,15 +273,13 @@ class TestOnRay:
         with pytest.raises(TrainingError, match=r"a restart cannot mend: KeyError: 'train' \(.*worker\.py:\d+\)"):
             go(small_run, tmp_path / "out", num_workers=2)
         assert not (tmp_path / "out" / "fatal").exists()
+        drill("a mistake in code on the workers", lost=0, equal="ended at once, with file and line")
 
 
-def is_train_worker(process: psutil.Process) -> bool:
-    return any("RayTrainWorker" in part for part in process.cmdline())
-
-
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_driver_costs_nothing(small_run: Table, tmp_path: Path) -> None:
+def test_a_killed_driver_costs_nothing(small_run: Table, tmp_path: Path, drill: Drill) -> None:
     """SIGKILL to the job's own process, with its own Ray; the same command again."""
     small_run["train"] |= {"max_steps": 60, "save_steps": 5, "save_total_limit": 100}
     small_run["evaluate"] = {"steps": 30}
@@ -304,14 +289,16 @@ def test_a_killed_driver_costs_nothing(small_run: Table, tmp_path: Path) -> None
     command = [sys.executable, str(ROOT / "jobs" / "multitask.py"), str(recipe), "--out", str(tmp_path / "b")]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
-    while len(checkpoint.bundles(tmp_path / "b" / "bundles")) < 3:
-        assert first.poll() is None, "the job ended before it could be killed"
-        time.sleep(0.02)
+    until(lambda: newest(tmp_path / "b") >= 15 or first.poll() is not None)
+    assert first.poll() is None, "the job ended before it could be killed"
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
+    lost = steps_lost(tmp_path / "b")
     survived = [folder.name for folder in checkpoint.bundles(tmp_path / "b" / "bundles")]
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     result = RunResult.read(tmp_path / "b" / "result.json")
+    drill("SIGKILL to the job's own process, then the same command", lost=lost, equal=same(result, unbroken))
+    assert lost <= 5
     assert result.loss_curve == unbroken.loss_curve
     assert result.eval == unbroken.eval
     assert set(survived) <= {folder.name for folder in checkpoint.bundles(tmp_path / "b" / "bundles")}

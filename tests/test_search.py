@@ -27,6 +27,7 @@ from polyprompt.errors import (
     LostWorkersError,
     NotFiniteError,
     StoppedError,
+    StorageError,
     TrackingError,
     TrainingError,
 )
@@ -103,6 +104,11 @@ def test_what_cannot_be_scheduled_is_refused_with_the_arithmetic() -> None:
         (MemoryError(), "out of memory: MemoryError", False),
         (LostWorkersError("the workers failed 4 times, at last with: OutOfMemoryError: 3 G"), "out of memory: ", False),
         (LostWorkersError("the workers failed 4 times"), "workers lost: the workers failed 4 times", True),
+        (
+            StorageError("bundle step_00000004 cannot be written"),
+            "storage: bundle step_00000004 cannot be written",
+            True,
+        ),
         (TrainingError("a worker failed in a way"), "mistake in code: a worker failed in a way", False),
         (TrackingError("no server"), "tracking: no server", True),
         (ValueError("what"), "ValueError: what", False),

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fault_drill import newest, same
 
 from polyprompt import checkpoint
 from polyprompt.command import exit_status
@@ -20,7 +22,7 @@ from polyprompt.ray_train import run
 from polyprompt.recipe import check
 from polyprompt.result import RunResult
 from polyprompt.stopping import STOP, on_sigterm
-from polyprompt.worker import PROGRESS, Job, check_folder
+from polyprompt.worker import METRICS, PROGRESS, Job, check_folder
 
 ROOT = Path(__file__).parents[1]
 Table = dict[str, Any]
@@ -35,6 +37,10 @@ def wait_for_step(out: Path, step: int) -> None:
     file = out / PROGRESS
     while not (file.exists() and json.loads(file.read_text())["step"] >= step):
         time.sleep(0.01)
+
+
+def last_logged(out: Path) -> int:
+    return int(json.loads((out / METRICS).read_text().splitlines()[-1])["step"])
 
 
 @pytest.fixture
@@ -52,7 +58,10 @@ def status_of(run_id: str, store: Path) -> str:
     return str(MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db").get_run(run_id).info.status)
 
 
-def test_a_terminated_run_leaves_a_bundle_and_goes_on_exactly(long_run: Table, store: Path, tmp_path: Path) -> None:
+@pytest.mark.faults
+def test_a_terminated_run_leaves_a_bundle_and_goes_on_exactly(
+    long_run: Table, store: Path, tmp_path: Path, drill: Callable[..., None]
+) -> None:
     unbroken = go(long_run, tmp_path / "a")
     out = tmp_path / "b"
 
@@ -70,7 +79,10 @@ def test_a_terminated_run_leaves_a_bundle_and_goes_on_exactly(long_run: Table, s
     assert 3 <= int(bundle.name.removeprefix("step_")) < 40
     assert status_of(json.loads((out / "run.json").read_text())["run_id"], store) == "KILLED"
     assert not (out / STOP).exists()
+    lost = last_logged(out) - newest(out)
     resumed = go(long_run, out)
+    drill("SIGTERM, then the same command", lost=lost, equal=same(resumed, unbroken))
+    assert lost == 0
     assert (resumed.loss_curve, resumed.sequence, resumed.eval) == (
         unbroken.loss_curve, unbroken.sequence, unbroken.eval,
     )  # fmt: skip
@@ -123,9 +135,12 @@ def test_a_terminated_job_is_told_from_a_failed_one(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "stopped: SIGTERM ended the run at step 3\n"
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_terminated_job_of_two_workers_leaves_a_bundle(long_run: Table, store: Path, tmp_path: Path) -> None:
+def test_a_terminated_job_of_two_workers_leaves_a_bundle(
+    long_run: Table, store: Path, tmp_path: Path, drill: Callable[..., None]
+) -> None:
     """SIGTERM to the job's process, as a user's `kill`."""
     long_run["train"] |= {"max_steps": 5000, "logging_steps": 1}
     recipe = tmp_path / "recipe.yaml"
@@ -140,4 +155,6 @@ def test_a_terminated_job_of_two_workers_leaves_a_bundle(long_run: Table, store:
     assert "stopped: SIGTERM ended the run at step" in said
     [bundle] = checkpoint.bundles(out / "bundles")
     checkpoint.verify(bundle)
+    drill("SIGTERM to a job of two workers", lost=last_logged(out) - newest(out), equal="not run on")
+    assert last_logged(out) == newest(out)
     assert status_of(json.loads((out / "run.json").read_text())["run_id"], store) == "KILLED"

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from fault_drill import until
 
+from polyprompt import checkpoint
 from polyprompt.errors import ConfigError, TrainingError
 from polyprompt.recipe import load
 from polyprompt.result import RunResult
@@ -90,6 +92,30 @@ def test_a_failed_run_names_its_log(experiments: Path, tmp_path: Path) -> None:
     overrides = ["train.learning_rate=1e30", "train.max_grad_norm=null"]
     with pytest.raises(TrainingError, match=r"HyperPrompt, seed 0, ended with status 1; see .*0\.log"):
         table.run(table.read(experiments), overrides, tmp_path / "out", 1)
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_run_under_way(experiments: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "table.py"),
+        str(experiments),
+        "train.max_steps=100000",
+        "--out",
+        "out",
+    ]
+    table = subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    run = tmp_path / "out" / "HyperPrompt" / "0"
+    until(lambda: (run / "progress.json").exists() or table.poll() is not None)
+    table.terminate()
+    _, said = table.communicate()
+    assert table.returncode == 143, said
+    assert "SIGTERM ended the table; the same command goes on" in said
+    [bundle] = checkpoint.bundles(run / "bundles")
+    checkpoint.verify(bundle)
+    assert not (tmp_path / "out" / "HyperPrompt" / "1").exists()
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

@@ -16,6 +16,7 @@ from polyprompt.errors import (
     LostWorkersError,
     NotFiniteError,
     StoppedError,
+    StorageError,
     TrackingError,
     TrainingError,
 )
@@ -153,6 +154,8 @@ def failure(error: BaseException) -> Ended:
             return Ended("failed", f"tracking: {first}", passing=True)
         case LostWorkersError():
             return Ended("failed", f"workers lost: {first}", passing=True)
+        case StorageError():
+            return Ended("failed", f"storage: {first}", passing=True)
         case TrainingError():
             return Ended("failed", f"mistake in code: {first}")
     return Ended("failed", f"{type(error).__name__}: {last}")

@@ -25,10 +25,13 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A fixed part of the global batch. seed: of its random stream. micro_batches: computed one after another."""
+    """A fixed part of the global batch. number: among its shards. seed: of its random stream. micro_batches: computed
+    one after another. examples: of each of their rows, the number in its task's training split."""
 
+    number: int
     seed: int
     micro_batches: tuple[Batch, ...]
+    examples: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,12 @@ class Batches:
     def _shard(self, step: int, index: int, draws: Sequence[Draw]) -> Shard:
         pieces = self.train.gradient_accumulation_steps
         size = -(-len(draws) // pieces)
+        parts = [draws[i : i + size] for i in range(0, len(draws), size)]
         return Shard(
+            number=index,
             seed=random_seed("shard", self.train.seed, step, index),
-            micro_batches=tuple(self._collate(draws[i : i + size]) for i in range(0, len(draws), size)),
+            micro_batches=tuple(map(self._collate, parts)),
+            examples=tuple(tuple(draw.example for draw in part) for part in parts),
         )
 
     def _collate(self, draws: Sequence[Draw]) -> Batch:

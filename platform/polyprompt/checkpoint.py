@@ -11,6 +11,7 @@ A bundle is written to a temporary folder and renamed, so a killed process leave
 is unpickled; it cannot run code.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -80,29 +81,39 @@ def write(
     backbone: Mapping[str, Any],
     commit: str,
 ) -> Path:
-    """Write root/step_XXXXXXXX atomically and return it. Replaces a bundle of the same step. commit: see git_commit."""
+    """Write root/step_XXXXXXXX atomically and return it. Replaces a bundle of the same step. commit: see git_commit.
+
+    Raises OSError, and leaves nothing, if it cannot be written.
+    """
     target = root / folder_name(step)
     for left in root.glob(".step_*.tmp"):  # of a killed process; a run has one writer
         shutil.rmtree(left)
     draft = root / f".{target.name}.tmp"
     draft.mkdir(parents=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, draft / TENSORS, metadata={"format": "pt"})
-    torch.save(dict(optimizer), draft / OPTIMIZER)
-    (draft / STATE).write_text(json.dumps(state))
-    (draft / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=1))
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "backbone": dict(backbone),
-        "versions": versions(),
-        "git_commit": commit,
-        "files": {file.name: _sha256(file) for file in sorted(draft.iterdir())},
-    }
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(draft, target)
+    try:
+        safetensors.torch.save_file(contiguous, draft / TENSORS, metadata={"format": "pt"})
+        torch.save(dict(optimizer), draft / OPTIMIZER)
+        (draft / STATE).write_text(json.dumps(state))
+        (draft / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "backbone": dict(backbone),
+            "versions": versions(),
+            "git_commit": commit,
+            "files": {file.name: _sha256(file) for file in sorted(draft.iterdir())},
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(draft, target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk the log needs the room
+        if isinstance(error, OSError):
+            raise
+        # What safetensors and torch make of a full disk.
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(draft)) from error
     return target
 
 

@@ -15,6 +15,7 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -211,8 +212,22 @@ class ComputeConfig(Section):
     gradient_sum: Literal["exact", "ddp"] = "exact"
     #: Folder, visible to every worker, whose <run name>/bundles holds the bundles. None: the run's output folder.
     storage_path: AbsolutePath | None = None
-    #: Times a run is restarted from its newest bundle after a worker, node or driver process died.
+    #: Times a run is restarted from its newest bundle after a worker, a node or Ray's controller died or hung.
     max_failures: NonNegativeInt = 3
+    #: How long workers wait for one that does not come before it is named and the run is restarted. Longer than any
+    #: worker may take for its part of an evaluation.
+    hang_timeout_seconds: PositiveFloat = 1800.0
+    #: How long a bundle that cannot be written (a full disk, a folder that is away) is tried again.
+    storage_timeout_seconds: NonNegativeFloat = 120.0
+
+    @model_validator(mode="after")
+    def _storage_is_no_hang(self) -> "ComputeConfig":
+        if self.storage_timeout_seconds >= self.hang_timeout_seconds:
+            raise ValueError(
+                f"compute.storage_timeout_seconds={self.storage_timeout_seconds:g} must be below compute."
+                f"hang_timeout_seconds={self.hang_timeout_seconds:g}: the others wait while one worker tries to write"
+            )
+        return self
 
 
 class TrackingConfig(Section):

@@ -23,6 +23,10 @@ class BundleError(PolypromptError):
     """A run bundle is damaged, incomplete, or belongs to another run, backbone or config."""
 
 
+class StorageError(PolypromptError):
+    """A run's folder is full, gone or not to be written, and stayed so. Its bundles are kept."""
+
+
 class TrackingError(PolypromptError):
     """The tracking store cannot be reached or used when a run starts."""
 

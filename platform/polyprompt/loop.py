@@ -8,14 +8,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from polyprompt import router_health
+from polyprompt import diagnosis, router_health
 from polyprompt.batches import Batches, GlobalBatch
 from polyprompt.config import RunConfig
+from polyprompt.data import Batch
 from polyprompt.errors import NotFiniteError
 from polyprompt.model import Loss, PromptedModel
 from polyprompt.optim import Optim
@@ -121,7 +123,8 @@ def fit(
 ) -> TrainState:
     """Train until train.max_steps or an early stop, from wherever `state` says.
 
-    Raises TrainingError, with the weights of the last good step, as soon as a loss or gradient is not finite.
+    Raises NotFiniteError, with the weights of the last good step, as soon as a loss or gradient is not finite; it names
+    the workers, tasks and examples that it came from.
     """
     every = config.evaluate.steps
     save_every = config.train.save_steps or max(1, config.train.max_steps // 10)
@@ -133,7 +136,11 @@ def fit(
         started = time.perf_counter()
         batch = batches[state.step + 1]
         totals = _gradients(module, batch, len(tasks), config, workers)
-        norm = _step(optim, totals, batch, tasks, reporter)
+        norm = _step(optim, totals, len(tasks))
+        if math.isnan(norm):
+            with workers.accumulating(module, last=False):
+                found = diagnosis.find(module, batch, tasks, partial(_forward, module, batch=batch, config=config))
+            raise NotFiniteError(diagnosis.explain(workers.gather(found), batch, tasks, reporter.last_good()))
         _record(state, batch, totals, tasks, time.perf_counter() - started)
         last = state.step == config.train.max_steps
         if state.step % config.train.logging_steps == 0 or last:
@@ -153,20 +160,25 @@ def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: Ru
     for number, shard in enumerate(batch.shards):
         torch.manual_seed(shard.seed)  # dropout and router noise belong to the shard, not to the process
         totals: Tensor | None = None
-        for piece, cpu_batch in enumerate(shard.micro_batches):
+        for piece, micro in enumerate(shard.micro_batches):
             last = number == len(batch.shards) - 1 and piece == len(shard.micro_batches) - 1
-            device = next(module.parameters()).device
-            micro = cpu_batch.to(device)
             with workers.accumulating(module, last):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                    loss = module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
-                objective = _objective(loss, batch, config) + loss.penalty_B.sum() / batch.num_rows
+                loss, objective = _forward(module, micro, batch, config)
                 (objective * workers.loss_scale).backward()
-            part = _totals(loss, micro.task_B, num_tasks)
+            part = _totals(loss, micro.task_B.to(loss.nll_B.device), num_tasks)
             totals = part if totals is None else totals + part
         assert totals is not None
         workers.add_shard(totals)
     return workers.finish()
+
+
+def _forward(module: nn.Module, micro: Batch, batch: GlobalBatch, config: RunConfig) -> tuple[Loss, Tensor]:
+    """Return a micro-batch's loss, and what is to be minimised: its share of the global batch's."""
+    device = next(module.parameters()).device
+    micro = micro.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        loss = module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
+    return loss, _objective(loss, batch, config) + loss.penalty_B.sum() / batch.num_rows
 
 
 def _objective(loss: Loss, batch: GlobalBatch, config: RunConfig) -> Tensor:
@@ -185,18 +197,11 @@ def _totals(loss: Loss, task_B: Tensor, num_tasks: int) -> Tensor:
     return table_KX.index_add_(0, task_B, columns_BX).reshape(-1)
 
 
-def _step(optim: Optim, totals: Tensor, batch: GlobalBatch, tasks: Sequence[str], reporter: Reporter) -> float:
-    """Step the optimizer, or end the run if the loss or the gradient is not finite."""
-    loss = float(totals.view(len(tasks), -1)[:, 0].sum()) / batch.num_target_tokens
+def _step(optim: Optim, totals: Tensor, num_tasks: int) -> float:
+    """Step the optimizer and return the gradient's norm. Nothing moves if the norm or the loss is not finite: NaN."""
+    loss = float(totals.view(num_tasks, -1)[:, 0].sum())
     norm = optim.step() if math.isfinite(loss) else math.nan
-    if math.isfinite(norm):
-        return norm
-    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-    in_batch = ", ".join(f"{tasks[task]} ({rows} rows)" for task, rows in sorted(batch.task_rows.items()))
-    raise NotFiniteError(
-        f"{what} at step {batch.step}; tasks in the batch: {in_batch}; last good bundle: {reporter.last_good()}. "
-        "Lower train.learning_rate, lengthen train.warmup_ratio, or set train.precision=fp32, and start a new run"
-    )
+    return norm if math.isfinite(norm) else math.nan
 
 
 def _record(state: TrainState, batch: GlobalBatch, totals: Tensor, tasks: Sequence[str], seconds: float) -> None:

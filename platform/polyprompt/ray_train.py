@@ -2,25 +2,28 @@
 
 The only file that imports ray.train. How Ray is used and why (each was seen to bite):
 
-- Our own bundles decide where a run goes on. Ray's run name is fresh at every start, so Ray never resumes by itself;
-  what is reported to Ray is a pointer to a bundle.
+- Our own bundles decide where a run goes on. Ray's run name is fresh at every start, and no checkpoint is reported to
+  it, so Ray never resumes by itself.
+- Ray starts workers once; lost ones are started again from here (`_train_with_ray`), after a pause, a bounded number of
+  times, saying why. Ray itself restarts at once and in silence, and not at all if its controller is what died.
 - `ray.train.report` is a barrier that takes one poll of the controller: the poll is set from 2 s to 0.1 s.
 - The package travels to the workers as py_modules, so it need not be installed there.
 - An error of ours (bad data, NaN) would be retried by Ray like a lost node; it is returned, not raised, and ends it.
 - So would a mistake in code, and what does not fit into memory (LASTING): the worker leaves a note in the run folder
-  and fails, which ends the others, who may be waiting for it; the restarted workers find the note and end the run.
+  and fails, which ends the others, who may be waiting for it; the note ends the run.
 - Ray's own chatter stays in Ray's log files; what our workers have to say is in run.log and shown from there.
 - Every path is absolute, because Ray changes the workers' working folder.
 """
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import signal
-import tempfile
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,21 +34,30 @@ from typing import Any, Literal
 import torch
 
 import polyprompt
-from polyprompt import checkpoint, logged_models, placement, registry, report, run_folder, run_note, tracking
+from polyprompt import (
+    checkpoint,
+    logged_models,
+    placement,
+    progress,
+    registry,
+    report,
+    retry,
+    run_folder,
+    run_note,
+    tracking,
+)
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData, Split
-from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, TrainingError
+from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, StorageError, TrainingError
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
-from polyprompt.stopping import on_sigterm
+from polyprompt.stopping import STOP, on_sigterm
 from polyprompt.study_tracking import PARENT
 from polyprompt.text_store import TextSplit
-from polyprompt.worker import LOG, PROGRESS, Job, Outcome, check_folder, train
-from polyprompt.workers import Workers
+from polyprompt.worker import HANG, Job, Outcome, check_folder, train
 
-POINTER = "bundle.json"
 PLACEMENT = "placement_group"
 #: Why no restart can help, left by the worker that failed.
 FATAL = "fatal"
@@ -124,10 +136,16 @@ def _run(
         job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit(), stop=stop)
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
-        with _progress(place, config.train.max_steps), on_sigterm(place.folder) as listen:
+        with progress.show(place, config.train.max_steps), on_sigterm(place.folder) as listen:
             outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job)
         result = _result(config, place, checked, outcome, handle)
-        _leave(result, place, handle)
+        try:
+            _leave(result, place, handle)
+        except OSError as error:
+            raise StorageError(
+                f"the run has been trained, but its results cannot be written to {place.out}: {error}. Make room there "
+                "and start the same command again: it goes on from the last bundle"
+            ) from error
         if handle is not None:
             _log_checkpoints(config, place, checked, outcome, handle)
         status = "FINISHED"
@@ -150,22 +168,13 @@ def _train_here(job: Job) -> Outcome:
 
 
 def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], None]) -> Outcome:
-    # Imported here because importing Ray Train takes seconds that an in-process run need not pay.
     compute = job.config.compute
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray
-    from ray.exceptions import RayError
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
 
-    # NCCL refuses two ranks on one GPU.
-    backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
-    storage = job.folder / "ray"
     with cluster(compute.num_workers * compute.cpus_per_worker):
         listen()
-        release(job.folder)
-        (job.folder / FATAL).unlink(missing_ok=True)
         gpus = compute.num_workers * compute.gpus_per_worker
         if compute.use_gpu and not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < gpus:
             raise ConfigError(
@@ -176,10 +185,53 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
         room = placement.Room(compute, machines(), growth())
         if not room.fits:
             say(f"Waiting for room. {room.text}")
+        pauses = retry.pauses()
+        for start in range(1, compute.max_failures + 2):
+            try:
+                answer = _start_workers(job)
+                break
+            except LostWorkersError as error:
+                if start > compute.max_failures:
+                    raise LostWorkersError(
+                        f"the workers failed {start} times, at last with: {error}. Bundles in {job.bundles} are kept: "
+                        "mend the cause and start the same command again to go on"
+                    ) from error
+                pause = next(pauses)
+                newest = checkpoint.newest_whole(job.bundles)
+                say(
+                    f"The workers were lost: {error}. They start again in {pause:g} s ({start} of "
+                    f"{compute.max_failures}: compute.max_failures) from {newest or 'the beginning'}"
+                )
+                time.sleep(pause)
+            if (job.folder / STOP).exists():
+                raise StoppedError("SIGTERM ended the run while its workers were lost; the same command goes on")
+    if isinstance(answer, PolypromptError):
+        raise answer
+    assert isinstance(answer, Outcome)
+    return answer
+
+
+def _start_workers(job: Job) -> object:
+    """Start the workers once and return what they return. Raises LostWorkersError, or TrainingError for good."""
+    # Imported here because importing Ray Train takes seconds that an in-process run need not pay.
+    from ray.exceptions import RayError
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    compute = job.config.compute
+    # NCCL refuses two ranks on one GPU.
+    backend = "nccl" if compute.use_gpu and compute.gpus_per_worker >= 1 else "gloo"
+    storage = job.folder / "ray"
+    release(job.folder)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        for left in (FATAL, HANG):
+            (job.folder / left).unlink(missing_ok=True)
         trainer = TorchTrainer(
             _on_worker,  # type: ignore[arg-type]
             train_loop_config={"job": job},
-            torch_config=TorchConfig(backend=backend),
+            # A hang is named before torch's own time-out ends it without a name.
+            torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(2 * compute.hang_timeout_seconds) + 60),
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
                 use_gpu=compute.use_gpu,
@@ -188,32 +240,25 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
             run_config=RunConfig(
                 name=uuid.uuid4().hex,
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=5),  # type: ignore[call-arg]
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=5),  # type: ignore[call-arg]
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            answer = trainer.fit().return_value  # type: ignore[attr-defined]
-        except SystemExit:  # what Ray Train makes of Ctrl-C
-            raise KeyboardInterrupt from None
-        except (TrainingFailedError, RayError) as error:
-            if (job.folder / FATAL).exists():
-                raise TrainingError((job.folder / FATAL).read_text()) from error
-            raise LostWorkersError(
-                f"the workers failed {compute.max_failures + 1} times, at last with: {_cause(error)}. Bundles in "
-                f"{job.bundles} are kept: mend the cause and start the same command again to go on"
-            ) from error
-        finally:
-            if threading.current_thread() is threading.main_thread():  # elsewhere Ray Train puts none
-                signal.signal(signal.SIGINT, handler)  # Ray Train puts its own and leaves it
-            shutil.rmtree(storage, ignore_errors=True)  # pointers only
-            for left in (PLACEMENT, FATAL):
-                (job.folder / left).unlink(missing_ok=True)
-    if isinstance(answer, PolypromptError):
-        raise answer
-    assert isinstance(answer, Outcome)
-    return answer
+        return trainer.fit().return_value  # type: ignore[attr-defined]
+    except SystemExit:  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from None
+    except (TrainingFailedError, RayError, OSError) as error:
+        if (job.folder / FATAL).exists():
+            raise TrainingError((job.folder / FATAL).read_text()) from error
+        hang = job.folder / HANG
+        raise LostWorkersError(hang.read_text() if hang.exists() else _cause(error)) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray Train puts none
+            signal.signal(signal.SIGINT, handler)  # Ray Train puts its own and leaves it
+        shutil.rmtree(storage, ignore_errors=True)  # nothing of ours
+        release(job.folder)  # a controller that died has left them reserved
+        for left in (PLACEMENT, FATAL, HANG):
+            (job.folder / left).unlink(missing_ok=True)
 
 
 def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
@@ -227,14 +272,10 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
         write_whole(job.folder / PLACEMENT, group.id.hex().encode())
 
     def announce(metrics: Mapping[str, float], bundle: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / POINTER).write_text(json.dumps({"bundle": str(bundle)}))
-            pointer = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(dict(metrics), checkpoint=pointer if first else None)
+        ray.train.report(dict(metrics))
 
     try:
         check_folder(job)
-        _check_fatal(job)
         return train(job, get_device(), announce)
     except PolypromptError as error:
         return error
@@ -248,15 +289,6 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
         )
         write_whole(job.folder / FATAL, note.encode())
         raise
-
-
-def _check_fatal(job: Job) -> None:
-    """Raise TrainingError on all workers if one of an earlier start has failed for good."""
-    file = job.folder / FATAL
-    workers = Workers(job.config.train.num_shards, job.config.compute.gradient_sum)
-    for found in workers.gather(file.read_text() if file.exists() else None):
-        if found is not None:
-            raise TrainingError(found)
 
 
 def release(folder: Path) -> None:
@@ -348,44 +380,16 @@ def where(config: RunConfig) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of an error, which Ray fills with the workers' tracebacks."""
+    """The last line of each lost worker's error, or of this one: Ray fills them with tracebacks."""
+    failures = getattr(error, "worker_failures", {})
+    return "; ".join(f"worker {rank}: {_last(e)}" for rank, e in sorted(failures.items())) or _last(error)
+
+
+def _last(error: BaseException) -> str:
+    # Of a worker that Ray could not ask, what it says is only who did not answer.
+    error = getattr(error, "health_check_failure", error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-@contextmanager
-def _progress(place: RunFolder, max_steps: int) -> Iterator[None]:
-    """Show the progress and the messages that the first worker, wherever it runs, leaves in the run folder."""
-    file, done = place.folder / PROGRESS, threading.Event()
-    file.unlink(missing_ok=True)
-
-    def follow(bar: report.Progress) -> None:
-        shown, log = None, place.folder / LOG
-        log.touch()
-        messages = log.open()
-        messages.seek(0, os.SEEK_END)
-        while True:
-            ending = done.wait(0.25)
-            for line in messages:
-                bar.say(line.rstrip())
-            if file.exists():
-                seen = json.loads(file.read_text())
-                if seen != shown:
-                    bar.update(seen["step"], seen["loss"], seen["examples_per_second"])
-                shown = seen
-            if ending:
-                messages.close()
-                return
-
-    with report.Progress(max_steps) as bar:
-        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            file.unlink(missing_ok=True)
+    return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
 def _open_tracking(config: RunConfig, checked: Plan, run_id: str, tags: Mapping[str, str]) -> tracking.RunHandle | None:

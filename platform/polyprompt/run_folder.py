@@ -121,8 +121,9 @@ def check(run: RunFolder, config: RunConfig) -> None:
                 f"output folder {folder} in use: it holds files that are not of this run. "
                 "Choose another --out, or empty the folder"
             )
-    now = config.flat()
-    if run.result.exists() and any(record["config"].get(k) != v for k, v in now.items() if k.startswith("compute.")):
+    # A key that the run's version did not have cannot have been set.
+    now = {key: value for key, value in config.flat().items() if key.startswith("compute.")}
+    if run.result.exists() and any(record["config"].get(key, value) != value for key, value in now.items()):
         raise ConfigError(
             f"output folder {run.folder} in use: it holds the finished run {run.name!r}, which had another `compute`. "
             "Choose another name or --out, or delete the folder"

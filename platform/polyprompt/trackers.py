@@ -3,9 +3,11 @@
 Training never waits for a tracking server and never ends because of one.
 """
 
+import errno
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -80,15 +82,26 @@ class JsonlTracker:
         self._lines.append(json.dumps({"step": step, "timestamp_ms": now_ms(), **numbers}) + "\n")
 
     def flush(self) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(self._lines))
+        """Raises OSError, and keeps the lines for the next flush, if they cannot be written: all of them or none."""
+        with self.path.open("ab", buffering=0) as file:
+            before, data = file.tell(), "".join(self._lines).encode()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(before)
+                raise
         self._lines.clear()
 
     def pending(self) -> list[dict[str, Any]]:
         return []
 
     def close(self) -> None:
-        self.flush()
+        # It ends a run that may be failing already: that cause is the one to be seen.
+        try:
+            self.flush()
+        except OSError as error:
+            LOGGER.warning("the last %d lines of %s could not be written: %s", len(self._lines), self.path, error)
 
 
 class MlflowTracker:
@@ -135,8 +148,12 @@ class MlflowTracker:
         if not rows:
             self._unsent.unlink(missing_ok=True)
             return
-        write_whole(self._unsent, "".join(json.dumps(row) + "\n" for row in rows).encode())
         uri = mask(self.handle.uri)
+        try:
+            write_whole(self._unsent, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        except OSError as error:  # it ends a run that may be failing already: that cause is the one to be seen
+            LOGGER.warning("%d metric points could neither be sent to %s nor kept: %s", len(rows), uri, error)
+            return
         LOGGER.warning(
             "%d metric points could not be sent to %s and are kept in %s. Send them when it is back: "
             "PYTHONPATH=platform MLFLOW_TRACKING_URI='%s' python -m polyprompt.tracking '%s' %s",

@@ -3,25 +3,29 @@
 The same code runs in-process and as a Ray Train worker; `announce` is how it tells whoever started it of a bundle.
 """
 
+import errno
 import json
 import logging
+import os
 import resource
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polyprompt import checkpoint, fingerprint
+from polyprompt import checkpoint, fingerprint, retry
 from polyprompt.batches import Batches
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData
-from polyprompt.errors import ConfigError, PolypromptError, StoppedError
+from polyprompt.errors import ConfigError, PolypromptError, StoppedError, StorageError
 from polyprompt.evaluate import evaluate
 from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
@@ -35,7 +39,9 @@ from polyprompt.tracking import RunHandle
 from polyprompt.workers import Workers
 
 PROGRESS, METRICS, LOG = "progress.json", "metrics.jsonl", "run.log"
-FLUSH_SECONDS = 10.0
+#: Which worker hung, left by one that waited for it.
+HANG = "hang"
+FLUSH_SECONDS, NOTE_SECONDS = 10.0, 10.0
 Start = tuple[PromptedModel, Sequence[AnyData], Optim, Mapping[str, Any], TrainState, list[Any]]
 Announce = Callable[[Mapping[str, float], Path], None]
 
@@ -79,36 +85,63 @@ class RunReporter:
         self.announce = announce
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
-        if self.workers.first:
+        if self.workers.first and self._folder_is_there():
             seen = {"step": step, "loss": loss, "examples_per_second": examples_per_second}
-            write_whole(self.job.folder / PROGRESS, json.dumps(seen).encode())
+            with suppress(OSError):  # it is only looked at
+                write_whole(self.job.folder / PROGRESS, json.dumps(seen).encode())
         self._obey()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.tracker.log(step, values)
         if time.monotonic() - self.flushed_at > FLUSH_SECONDS:
-            self._flush()
+            with suppress(OSError):  # the lines are kept until the next bundle, which waits for the folder
+                self._flush()
 
     def save(self, state: TrainState, model: PromptedModel, optim: Optim) -> None:
         folder = self.job.bundles / checkpoint.folder_name(state.step)
+        fault = None
         if self.workers.first:
-            self._flush()
-            kept = {} if model.fingerprint is None else {fingerprint.KEPT: model.fingerprint}
-            checkpoint.write(
-                self.job.bundles,
-                step=state.step,
-                tensors=model.trained_state(),
-                optimizer=optim.state_dict(),
-                state={"train": state.to_json(), "pending": self.tracker.pending(), **kept},
-                config=self.job.config,
-                backbone=self.backbone,
-                commit=self.job.commit,
-            )
-            checkpoint.prune(self.job.bundles, state.kept_steps, self.job.config.train.save_total_limit)
-        self.announce({"step": state.step, "loss": state.loss_curve[-1][1] if state.loss_curve else 0.0}, folder)
+            patience = self.job.config.compute.storage_timeout_seconds
+            try:
+                retry.until_written(
+                    lambda: self._write(state, model, optim), f"bundle {folder.name}", self.job.folder, patience
+                )
+            except StorageError as error:
+                fault = StorageError(
+                    f"{error}. Last good bundle: {self.last_good()}. Make room (fewer are kept with a lower train."
+                    "save_total_limit) or bring the folder back, and start the same command again: it goes on"
+                )
+        # The others must end too, or they would wait for it for ever.
+        for found in self.workers.gather(fault):
+            if found is not None:
+                raise found
+        with self.workers.meeting():
+            self.announce({"step": state.step, "loss": state.loss_curve[-1][1] if state.loss_curve else 0.0}, folder)
         if self.workers.stop and state.step < self.job.config.train.max_steps and not state.stopped_early:
             raise StoppedError(f"SIGTERM ended the run at step {state.step}; the same command goes on from {folder}")
         self._obey()
+
+    def _write(self, state: TrainState, model: PromptedModel, optim: Optim) -> None:
+        if not self._folder_is_there():
+            # Made anew, it would lie below the mount that is away.
+            raise FileNotFoundError(errno.ENOENT, "the run's folder is gone", str(self.job.folder))
+        self._flush()
+        kept = {} if model.fingerprint is None else {fingerprint.KEPT: model.fingerprint}
+        checkpoint.write(
+            self.job.bundles,
+            step=state.step,
+            tensors=model.trained_state(),
+            optimizer=optim.state_dict(),
+            state={"train": state.to_json(), "pending": self.tracker.pending(), **kept},
+            config=self.job.config,
+            backbone=self.backbone,
+            commit=self.job.commit,
+        )
+        checkpoint.prune(self.job.bundles, state.kept_steps, self.job.config.train.save_total_limit)
+
+    def _folder_is_there(self) -> bool:
+        """The first process opened its log there as it started."""
+        return (self.job.folder / LOG).is_file()
 
     def _obey(self) -> None:
         """End the run if it was told to stop; on all processes at once, whichever of them sees the file first."""
@@ -161,7 +194,10 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce)
             raise fault
     assert start is not None
     model, data, optim, identity, state, pending = start
-    with _tracker(job, workers, state.step, pending) as tracker:
+    with (
+        _tracker(job, workers, state.step, pending) as tracker,
+        workers.watched(config.compute.hang_timeout_seconds, partial(_end_of_a_hang, job)),
+    ):
         fit(
             model,
             Batches(data, config, model.backbone.tokenizer.pad_token_id, workers.shards),
@@ -192,6 +228,18 @@ def _start(job: Job, device: torch.device) -> Start:
     optim.load_state_dict(bundle.optimizer())
     state = TrainState.from_json(bundle.state["train"])
     return model, data, optim, identity, state, bundle.state["pending"]
+
+
+def _end_of_a_hang(job: Job, said: str) -> None:
+    """End this process, which waits inside torch and cannot be called back: whoever started it starts all anew."""
+    too_late = threading.Timer(NOTE_SECONDS, os._exit, (1,))  # the folder may be what hangs
+    too_late.daemon = True
+    too_late.start()
+    try:
+        if not (job.folder / HANG).exists():  # whoever was first saw it best: now that one is missing too
+            write_whole(job.folder / HANG, said.encode())
+    finally:
+        os._exit(1)
 
 
 @contextmanager

@@ -9,8 +9,10 @@ merely close. Costs: 8 bytes a trained parameter, and no overlap of communicatio
 `ddp`: torch's DistributedDataParallel. It overlaps, and its rounding depends on the number of processes.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,9 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from polyprompt.watch import Watch
+
 
 class Workers:
-    """This process among its peers. `num` processes; `shards`: the shards computed here; `first`: does it report?"""
+    """This process among its peers. `num` processes; `rank`: its number; `shards`: those computed here; `first`: does
+    it report?"""
 
     def __init__(
         self,
@@ -34,10 +39,11 @@ class Workers:
         rank = dist.get_rank() if joined else 0
         self.first = rank == 0
         self.shards: Sequence[int] = range(rank, num_shards, self.num)
-        self._rank = rank
+        self.rank = rank
         self._exact = gradient_sum == "exact"
         self._parameters: list[nn.Parameter] = []
         self._wants_to_stop = wants_to_stop
+        self._watch: Watch | None = None
         #: Did any process want to stop when the last step was finished? The same on all of them.
         self.stop = False
 
@@ -52,8 +58,9 @@ class Workers:
         if not self._exact:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.num > 1:
-            for parameter in self._parameters:
-                dist.broadcast(parameter.detach(), src=0)
+            with self.meeting():
+                for parameter in self._parameters:
+                    dist.broadcast(parameter.detach(), src=0)
         size = sum(p.numel() for p in self._parameters)
         self._buffer = torch.zeros(size + num_totals + 1, dtype=torch.float64, device=device)
         return model
@@ -87,9 +94,10 @@ class Workers:
         summed = self._buffer if self._exact else self._totals
         # The wish to stop travels with the sums: asking for it apart would cost a round a step.
         summed[-1] = float(self._wants_to_stop())
-        if self.num > 1:
-            dist.all_reduce(summed)
-        self.stop = bool(summed[-1])
+        with self.meeting():
+            if self.num > 1:
+                dist.all_reduce(summed)
+            self.stop = bool(summed[-1])  # on a GPU the sum is waited for here
         if not self._exact:
             totals = summed[:-1].clone()
             summed.zero_()
@@ -105,12 +113,37 @@ class Workers:
 
     def mine(self, pieces: Sequence[Any]) -> Sequence[Any]:
         """This process's part of a list that all processes hold."""
-        return pieces[self._rank :: self.num]
+        return pieces[self.rank :: self.num]
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's value, in order, on all processes."""
         if self.num == 1:
             return [value]
         values: list[Any] = [None] * self.num
-        dist.all_gather_object(values, value)
+        with self.meeting():
+            dist.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def watched(self, timeout_seconds: float, alarm: Callable[[str], None]) -> Iterator[None]:
+        """While inside, a process that the others wait for longer than the time-out is named to `alarm` (watch.py)."""
+        if self.num == 1:
+            yield
+            return
+        # Ray and torchrun set it: where the first process is.
+        host = os.environ["MASTER_ADDR"]
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.first else None
+        name = f"worker {self.rank} of {self.num} (machine {socket.gethostname()}, process {os.getpid()})"
+        told = self.gather((name, store.port if store else 0))
+        if store is None:
+            store = dist.TCPStore(host, told[0][1], is_master=False, wait_for_workers=False)
+        self._watch = Watch([name for name, _ in told], self.rank, store, timeout_seconds, alarm)
+        try:
+            yield
+        finally:
+            self._watch.end()
+            self._watch = None
+
+    def meeting(self) -> AbstractContextManager[None]:
+        """Around what ends only when all processes have come to it."""
+        return self._watch.meeting() if self._watch else nullcontext()
