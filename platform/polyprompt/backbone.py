@@ -175,7 +175,7 @@ def load(
                 if hasattr(model_config, key):
                     setattr(model_config, key, config.dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, **origin)
-        if config.init == "random" or (embedded and not (EMBEDDED / "model.safetensors").exists()):
+        if is_random(config):
             model = _random_model(model_config, config.attention, seed)
         else:
             model = _load_model(config, source, model_config, origin)
@@ -204,6 +204,11 @@ def load(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone.eval()
+
+
+def is_random(config: BackboneConfig) -> bool:
+    """Are the weights drawn from the run's seed, rather than read?"""
+    return config.init == "random" or (config.name == "embedded" and not (EMBEDDED / "model.safetensors").exists())
 
 
 def _kind(config: BackboneConfig, model_config: Any) -> type[Backbone]:

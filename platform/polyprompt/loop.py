@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyprompt import router_health
 from polyprompt.batches import Batches, GlobalBatch
 from polyprompt.config import RunConfig
+from polyprompt.data import Batch
 from polyprompt.errors import NotFiniteError
 from polyprompt.model import Loss, PromptedModel
 from polyprompt.optim import Optim
@@ -107,6 +108,16 @@ class Reporter(Protocol):
         """Name the newest bundle, for an error message."""
 
 
+class Together(Protocol):
+    """Computes a run's micro-batches beside those of other runs."""
+
+    def forward(self, model: PromptedModel, micro: Batch) -> Loss:
+        """As of the model itself."""
+
+    def backward(self, objective: Tensor) -> None:
+        """Of what `forward` returned last."""
+
+
 def fit(
     model: PromptedModel,
     batches: Batches,
@@ -118,8 +129,9 @@ def fit(
     evaluate: Callable[[], Scores],
     reporter: Reporter,
     state: TrainState,
+    together: Together | None = None,
 ) -> TrainState:
-    """Train until train.max_steps or an early stop, from wherever `state` says.
+    """Train until train.max_steps or an early stop, from wherever `state` says. together: None: this run is alone.
 
     Raises TrainingError, with the weights of the last good step, as soon as a loss or gradient is not finite.
     """
@@ -132,7 +144,7 @@ def fit(
     while state.step < config.train.max_steps and not state.stopped_early:
         started = time.perf_counter()
         batch = batches[state.step + 1]
-        totals = _gradients(module, batch, len(tasks), config, workers)
+        totals = _gradients(module, batch, len(tasks), config, workers, together)
         norm = _step(optim, totals, batch, tasks, reporter)
         _record(state, batch, totals, tasks, time.perf_counter() - started)
         last = state.step == config.train.max_steps
@@ -148,7 +160,14 @@ def fit(
     return state
 
 
-def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: RunConfig, workers: Workers) -> Tensor:
+def _gradients(
+    module: Any,
+    batch: GlobalBatch,
+    num_tasks: int,
+    config: RunConfig,
+    workers: Workers,
+    together: Together | None = None,
+) -> Tensor:
     """Compute this process's shards; return the global totals (see `_totals`)."""
     for number, shard in enumerate(batch.shards):
         torch.manual_seed(shard.seed)  # dropout and router noise belong to the shard, not to the process
@@ -159,9 +178,17 @@ def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: Ru
             micro = cpu_batch.to(device)
             with workers.accumulating(module, last):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                    loss = module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
+                    loss = (
+                        module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
+                        if together is None
+                        else together.forward(module, micro)
+                    )
                 objective = _objective(loss, batch, config) + loss.penalty_B.sum() / batch.num_rows
-                (objective * workers.loss_scale).backward()
+                objective = objective * workers.loss_scale
+                if together is None:
+                    objective.backward()
+                else:
+                    together.backward(objective)
             part = _totals(loss, micro.task_B, num_tasks)
             totals = part if totals is None else totals + part
         assert totals is not None
