@@ -1,6 +1,7 @@
 """Runs that share a frozen backbone while they train are, each, the run that trains alone."""
 
 import json
+import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -136,6 +137,7 @@ def test_runs_come_go_fail_and_go_on(small_run: Table, tmp_path: Path) -> None:
 
         def add(metrics: Mapping[str, float], bundle: Path) -> None:
             if metrics["step"] == 2:
+                logging.getLogger("polyprompt").warning("said by one run")
                 added.append(begin(threads, pack, train_run, late, tmp_path / "late"))
 
         def stop(metrics: Mapping[str, float], bundle: Path) -> None:
@@ -151,6 +153,8 @@ def test_runs_come_go_fail_and_go_on(small_run: Table, tmp_path: Path) -> None:
             second.result()
         with pytest.raises(NotFiniteError):
             third.result()
+    said = {name: "said by one run" in (tmp_path / name / "run.log").read_text() for name in ("long", "stopped", "nan")}
+    assert said == {"long": True, "stopped": False, "nan": False}
     with Pack() as pack, ThreadPoolExecutor() as threads:
         beside = begin(threads, pack, train_run, long, tmp_path / "beside")
         same(begin(threads, pack, train_run, stopped, tmp_path / "stopped").result(), alone[2])

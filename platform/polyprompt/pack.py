@@ -12,9 +12,10 @@ the matrix products see the rows of all runs.
 Letters: B rows of a batch, L input tokens with the input prompts, S target tokens, H hidden size.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -106,6 +107,10 @@ class Seat:
         """As backbone.load; the same for all runs of the pack."""
         return self.pack.load(config, train=train, precision=precision, seed=seed)
 
+    def hears(self, record: logging.LogRecord) -> bool:
+        """A filter of messages: those of the other runs' threads are not this run's."""
+        return all(other is self or other.thread != record.thread for other in list(self.pack.seats))
+
     def forward(self, model: PromptedModel, micro: Batch) -> Loss:
         """Return the loss of a micro-batch."""
         x_BTH, prompts = model.prompts(micro.input_ids_BT, micro.mask_BT, micro.task_B)
@@ -144,7 +149,7 @@ class Pack:
         turn = threading.Lock()
         self._turn = turn
         self._asked = threading.Condition(turn)
-        self._seats: list[Seat] = []
+        self.seats: list[Seat] = []
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="pack", daemon=True)
         self._loaded: tuple[object, Backbone] | None = None
@@ -163,12 +168,12 @@ class Pack:
     def seat(self) -> Iterator[Seat]:
         """Let this thread's run take part while inside. The others wait for it, from now on."""
         seat = Seat(self, self._turn)
-        self._seats.append(seat)
+        self.seats.append(seat)
         with self._turn:
             try:
                 yield seat
             finally:
-                self._seats.remove(seat)
+                self.seats.remove(seat)
                 self._asked.notify()
 
     def wake(self) -> None:
@@ -213,7 +218,7 @@ class Pack:
                 self._asked.wait_for(lambda: self._closed or self._all_wait())
                 if self._closed:
                     return
-                seats = list(self._seats)
+                seats = list(self.seats)
                 # A run that has just come asks for a loss while the others are at their gradients.
                 behind = [seat for seat in seats if isinstance(seat.request, Tensor)]
                 if behind:
@@ -223,7 +228,7 @@ class Pack:
                     self._answer([seats[i] for i in group], _losses)
 
     def _all_wait(self) -> bool:
-        seats = list(self._seats)
+        seats = list(self.seats)
         return bool(seats) and all(seat.request is not None for seat in seats)
 
     @staticmethod
@@ -271,7 +276,7 @@ def _losses(asked: Sequence[Rows]) -> Sequence[Tensor]:
             num_rows=len(rows.x_BLH),
             lengths={"encoder": rows.x_BLH.shape[1], "decoder": rows.labels_BS.shape[1]},
             prompts=rows.prompts,
-            **({"own_random": rows.random.entered} if drops else {}),
+            own_random=rows.random.entered if drops else nullcontext,
         )
         for rows in asked
     ]

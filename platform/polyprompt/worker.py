@@ -203,7 +203,7 @@ def _log(job: Job, workers: Workers, seat: Seat | None) -> Iterator[None]:
     handler = logging.FileHandler(job.folder / LOG) if workers.first else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if seat is not None:
-        handler.addFilter(lambda record: record.thread == seat.thread)
+        handler.addFilter(seat.hears)
     logger.addHandler(handler)
     try:
         yield
