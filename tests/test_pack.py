@@ -126,7 +126,7 @@ def test_runs_come_go_fail_and_go_on(small_run: Table, tmp_path: Path) -> None:
         for name in ("smop", "prefix", "smop in pieces")
     )
     nan = table_of(small_run, **RUNS["prompt"])
-    nan["train"] |= {"learning_rate": 1e30, "max_grad_norm": None, "optimizer": "adamw"}
+    nan["train"] |= {"learning_rate": 1e39, "max_grad_norm": None, "optimizer": "adamw"}
     alone = [train_run(table, tmp_path / f"alone {i}") for i, table in enumerate((long, late, stopped))]
 
     class Stopped(Exception):
