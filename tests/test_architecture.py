@@ -24,7 +24,7 @@ ONLY = {
 
 #: The same of tuning/.
 ONLY_TUNING = {
-    "ray": {"execution.py", "population.py", "sampler.py"},
+    "ray": {"execution.py", "packs.py", "population.py", "sampler.py"},
     "mlflow": set[str](),
     "optuna": {"sampler.py", "study_importances.py"},
 }
@@ -62,7 +62,7 @@ def test_only_its_own_room_of_tuning_imports(module: str) -> None:
 
 
 def test_methods_are_pure_torch() -> None:
-    allowed = {"torch", "polyprompt", "math", "dataclasses", "abc", "collections", "typing"}
+    allowed = {"torch", "polyprompt", "math", "dataclasses", "abc", "collections", "contextlib", "typing"}
     for file in (PACKAGE / "methods").glob("*.py"):
         own = {"peft"} if file.name == "lora.py" else set()
         assert imports(file) <= allowed | own, file

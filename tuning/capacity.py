@@ -10,14 +10,16 @@ from polyprompt.placement import Node, amounts, holds, only, worker
 
 @dataclass(frozen=True)
 class Capacity:
-    """num_concurrent: trials that run at once. text: the arithmetic, for people."""
+    """num_concurrent: trials that run at once. text: the arithmetic, for people. num_processes: that they are in, or
+    whose workers are."""
 
     num_concurrent: int
     text: str
+    num_processes: int
 
 
-def capacity(compute: ComputeConfig, nodes: Sequence[Node], limit: int | None) -> Capacity:
-    """Return how many trials run at once on these nodes, at most `limit`.
+def capacity(compute: ComputeConfig, nodes: Sequence[Node], limit: int | None, per_process: int = 1) -> Capacity:
+    """Return how many trials run at once on these nodes, at most `limit`. per_process: trials that share a process.
 
     A worker lies on one node; the workers of a trial may lie on several. Raises ConfigError, with the arithmetic, if
     not even one trial fits.
@@ -32,12 +34,17 @@ def capacity(compute: ComputeConfig, nodes: Sequence[Node], limit: int | None) -
         else (f"a trial is one process of {per_worker}")
     )
     places = "; ".join(f"{amounts(only(node, need))}: {count}" for node, count in zip(nodes, room, strict=True))
-    text = f"{trial}; nodes and how many they hold: {places}; {sum(room)} // {workers} = {fits} trials at once"
+    what = "trials" if per_process == 1 else "processes"
+    text = f"{trial}; nodes and how many they hold: {places}; {sum(room)} // {workers} = {fits} {what} at once"
     if fits == 0:
         raise ConfigError(
             f"this search cannot be scheduled: {text}. Lower compute.num_workers, compute.cpus_per_worker or "
             "compute.gpus_per_worker, or set RAY_ADDRESS to a larger cluster"
         )
-    if limit is not None and limit < fits:
-        return Capacity(limit, f"{text}, of which search.max_concurrent_trials={limit} are used")
-    return Capacity(fits, text)
+    trials = fits * per_process
+    if per_process > 1:
+        text += f", each for {per_process} trials that share its backbone: {trials}"
+    if limit is not None and limit < trials:
+        used = f"{text}, of which search.max_concurrent_trials={limit} are used"
+        return Capacity(limit, used, min(fits, limit))
+    return Capacity(trials, text, fits)

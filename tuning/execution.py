@@ -1,4 +1,4 @@
-"""Runs the trials of a search with Ray Tune. Beside population.py the only file that imports ray.tune.
+"""Runs the trials of a search with Ray Tune, each in a process of its own; packs.py: several in one.
 
 How Ray Tune is used and why (each was seen to bite):
 
@@ -224,7 +224,7 @@ class Listener(tune.Callback):
         self._end(trial.config["number"], ended)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._end(trial.config["number"], _lost(trial.get_error()))
+        self._end(trial.config["number"], lost(trial.get_error()))
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         if time.monotonic() - self._looked > REAP_SECONDS:
@@ -351,21 +351,25 @@ def scheduler(search: Search, known: Sequence[Trial]) -> TrialScheduler:
     return made
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """All that a scheduler looks at of a trial that is not Tune's."""
+
+    trial_id: str
+
+
+class NoController:
+    """No other trial is alive that one could be paused for."""
+
+    @staticmethod
+    def get_live_trials() -> list[Any]:
+        return []
+
+
 def _replay(made: TrialScheduler, trial: Trial, score: Objective) -> None:
-    """Tell a scheduler of a trial that is done. It looks at nothing of it but its identity."""
-
-    class Known:
-        trial_id = f"known_{trial.number}"
-
-    class Nobody:
-        """No other trial is alive that one could be paused for."""
-
-        @staticmethod
-        def get_live_trials() -> list[Any]:
-            return []
-
-    known: Any = Known()
-    controller: Any = Nobody()
+    """Tell a scheduler of a trial that is done."""
+    known: Any = StandIn(f"known_{trial.number}")
+    controller: Any = NoController()
     results = [{STEP: step, score.metric: value} for step, value in _points(trial)]
     made.on_trial_add(controller, known)
     for result in results[:-1]:
@@ -393,7 +397,7 @@ def _resources(search: Search) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"memory": 1}])
 
 
-def _lost(error: BaseException | str | None) -> Ended:
+def lost(error: BaseException | str | None) -> Ended:
     """Say why a trial's process was lost, or which passing cause did not pass. Tune gives some errors as text."""
     if error is None:
         return Ended("failed", "its process ended", passing=True)

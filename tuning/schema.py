@@ -172,6 +172,10 @@ class SearchConfig(Section):
     max_concurrent_trials: PositiveInt | None = None
     #: Times a trial is started again after its process or node died.
     max_failures: NonNegativeInt = 2
+    #: Trials of one process train together, as rows of one batch over one frozen backbone.
+    share_backbone: bool = Field(default=False, exclude_if=lambda value: not value)
+    #: Of share_backbone: trials at most that train together.
+    trials_per_pack: PositiveInt = 8
 
     @model_validator(mode="before")
     @classmethod
@@ -215,7 +219,21 @@ class SearchConfig(Section):
                 raise ValueError(f"{name} {values} lists one twice")
         if isinstance(self.scheduler, PbtScheduler):
             self._fits_pbt()
+        if self.share_backbone:
+            self._fits_packs(metrics)
         return self
+
+    def _fits_packs(self, metrics: list[str]) -> None:
+        if isinstance(self.scheduler, PbtScheduler):
+            raise ValueError(
+                "share_backbone=true does not go with scheduler=pbt, which ends and begins all runs at every meeting; "
+                "use scheduler=asha, or drop share_backbone"
+            )
+        if shared := [metric for metric in metrics if metric in ("peak_memory_bytes", "step_seconds")]:
+            raise ValueError(
+                f"objectives: {', '.join(shared)} is that of all trials that train together with share_backbone=true; "
+                "use num_trained_parameters or inference_flops, or drop share_backbone"
+            )
 
     def _fits_pbt(self) -> None:
         for key, spaces in self.space.items():

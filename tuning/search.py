@@ -33,14 +33,23 @@ from tuning.spaces import Search
 from tuning.study import FILE, Study, Trial
 
 if TYPE_CHECKING:
+    from polyprompt.plan import Load
     from polyprompt.tracking import RunHandle
     from tuning.board import Board
+    from tuning.capacity import Capacity
     from tuning.execution import Stoppable
     from tuning.trial import Trials
+    from tuning.work import TrainTrial
 
 IDENTITY, LOCK, TRIALS = "search.json", ".lock", "trials"
 #: What may be another at a resume: it changes no trial.
-MAY_CHANGE = ("search.num_trials", "search.max_concurrent_trials", "search.max_failures", "tracking.")
+MAY_CHANGE = (
+    "search.num_trials",
+    "search.max_concurrent_trials",
+    "search.max_failures",
+    "search.trials_per_pack",
+    "tracking.",
+)
 #: How long processes of a killed driver may take to end.
 AFTERLIFE_SECONDS = 60.0
 STOP_SECONDS = 0.5
@@ -83,7 +92,8 @@ def run(
 ) -> tuple[Study, bool]:
     """Run a search, and return its study and whether it was interrupted.
 
-    work: what a trial does (None: trains). reuse: one process may do several trials, one after the other.
+    work: what a trial does (None: trains); always None where trials share their backbone. reuse: one process may do
+    several trials, one after the other.
     Raises ConfigError, DataError or TrackingError before any trial.
     """
     from tuning import study_report
@@ -97,13 +107,11 @@ def run(
 
 def dry_run(search: Search, folder: Path, *, resume: bool, console: Console) -> None:
     """Show the space, the scheduling arithmetic, and the configurations with their costs."""
-    from polyprompt import ray_train
     from polyprompt.plan import plan
-    from tuning.capacity import capacity
 
     _check_identity(search, folder, resume)
     config = search.config
-    room = capacity(search.run.compute, ray_train.machines(), config.max_concurrent_trials)
+    room, load = _room(search), _load(search)
     listed = search.enumerated
     samples = listed if listed is not None else search.samples(8)
     num_trials = len(listed) if listed is not None else config.num_trials
@@ -121,7 +129,7 @@ def dry_run(search: Search, folder: Path, *, resume: bool, console: Console) -> 
     for heading in ("Trial", *search.keys, "trained", "FLOPs a row"):
         table.add_column(heading, justify="right", overflow="fold")
     for number, params in enumerate(samples[:MAX_DRY_ROWS]):
-        checked = plan(search.run_config(params))
+        checked = plan(search.run_config(params), load=load)
         values = [str(params.get(key, "")) for key in search.keys]
         costs = [f"{checked.num_trained_parameters:,}", f"{checked.inference_flops:.3g}"]
         table.add_row(str(number) if listed is not None else "", *values, *costs)
@@ -136,21 +144,20 @@ def _search(
     # Imported here because Ray, torch and MLflow take seconds: a typing mistake is answered before.
     from polyprompt import ray_train, study_tracking
     from polyprompt.plan import plan
-    from tuning import execution, sampler, study_report
+    from tuning import execution, packs, sampler, study_report
     from tuning.board import Board
-    from tuning.capacity import capacity
     from tuning.trial import Trials
 
-    config, compute = search.config, search.run.compute
+    config = search.config
     _check_identity(search, folder, resume)
-    capacity(compute, ray_train.machines(), config.max_concurrent_trials)
-    plan(search.run_config(search.samples(1)[0]))
+    _room(search)
+    plan(search.run_config(search.samples(1)[0]), load=_load(search))
     score = search.score or search.objectives[0]
     trials = Trials(folder / TRIALS, search.name, search.base, config.seeds, score.metric)
     known = _known(trials)
     write_whole(folder / IDENTITY, json.dumps(_identity(search), indent=1).encode())
     with ray_train.cluster(0, [Path(__file__).resolve().parent]), _interruptible() as ending:
-        room = capacity(compute, ray_train.machines(), config.max_concurrent_trials)
+        room = _room(search)
         console.print(f"{search.name}: {room.text}", highlight=False, soft_wrap=True)
         study = _study(search, folder, known)
         parent = study_tracking.open_study(search.run.tracking, study) if search.run.tracking.enabled else None
@@ -160,19 +167,24 @@ def _search(
         threading.Thread(target=_stop_all, args=(ending, board), daemon=True).start()
         status: study_tracking.Status = "FAILED"
         try:
+            training, source = _training(search, trials, parent), sampler.source(search, known)
             with board.shown():
-                execution.execute(
-                    search,
-                    work or _training(search, trials, parent),
-                    source=sampler.source(search, known),
-                    known=known,
-                    events=board,
-                    num_concurrent=room.num_concurrent,
-                    folder=folder / "tune",
-                    folders=board.run_folders,
-                    ending=ending,
-                    reuse=reuse,
-                )
+                if config.share_backbone:
+                    assert work is None
+                    packs.execute(search, training, source=source, known=known, events=board, room=room, ending=ending)
+                else:
+                    execution.execute(
+                        search,
+                        work or training,
+                        source=source,
+                        known=known,
+                        events=board,
+                        num_concurrent=room.num_concurrent,
+                        folder=folder / "tune",
+                        folders=board.run_folders,
+                        ending=ending,
+                        reuse=reuse,
+                    )
             status = "KILLED" if ending.is_set() else "FINISHED"
         finally:
             study = board.close()
@@ -184,7 +196,35 @@ def _search(
         return study, ending.is_set()
 
 
-def _training(search: Search, trials: "Trials", parent: "RunHandle | None") -> "Stoppable":
+def _room(search: Search) -> "Capacity":
+    from polyprompt import ray_train
+    from tuning.capacity import capacity
+
+    config = search.config
+    per_process = config.trials_per_pack if config.share_backbone else 1
+    return capacity(search.run.compute, ray_train.machines(), config.max_concurrent_trials, per_process)
+
+
+def _load(search: Search) -> "Load | None":
+    """Return what loads the backbone of a plan: the one that all trials share, None: each its own.
+
+    Raises ConfigError where trials cannot share one.
+    """
+    from polyprompt import backbone
+    from polyprompt.pack import Pack
+
+    config = search.config
+    if not config.share_backbone:
+        return None
+    if len(config.seeds) > 1 and search.run.backbone.init == "random":
+        raise ConfigError(
+            f"search.seeds={config.seeds}: backbone.name={search.run.backbone.name} has random weights, others with "
+            "each seed, so search.share_backbone=true needs a single one. Use one seed, or a pre-trained backbone"
+        )
+    return Pack().load
+
+
+def _training(search: Search, trials: "Trials", parent: "RunHandle | None") -> "TrainTrial":
     from polyprompt import tracking
     from tuning.work import TrainTrial
 

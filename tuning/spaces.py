@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from polyprompt import recipe
+from polyprompt import packable, recipe
 from polyprompt.config import RunConfig, long_form, shapes_result
 from polyprompt.errors import ConfigError, hint
 from tuning import schema
@@ -173,13 +173,24 @@ class Search:
             raise ConfigError("search.constraints allow no configuration of search.space; loosen them")
         for params in samples:
             try:
-                self.run_config(params)
+                config = self.run_config(params)
+                if self.config.share_backbone:
+                    self._check_shared(config)
             except ConfigError as error:
                 values = ", ".join(f"{key}={value}" for key, value in params.items())
                 raise ConfigError(
                     f"search.space: the run config refuses {values}:\n{error}\n"
                     "Give the key a `when`, mend its values, or add a constraint that rules this out"
                 ) from None
+
+    def _check_shared(self, config: RunConfig) -> None:
+        packable.check(config)
+        first = self.run_config(self.samples(1)[0])
+        if (config.backbone, config.train.precision) != (first.backbone, first.train.precision):
+            raise ConfigError(
+                "with search.share_backbone=true all trials have the same backbone at the same precision; search no "
+                "key of backbone.* nor train.precision, or drop search.share_backbone"
+            )
 
     def samples(self, count: int) -> list[Params]:
         """Return up to so many configurations that the constraints allow: always the same."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from polyprompt import checkpoint, run_folder, study_tracking
 from polyprompt.errors import (
@@ -24,6 +25,9 @@ from polyprompt.tracking import RunHandle
 from tuning.spaces import Params
 from tuning.study import Change
 from tuning.trial import Ended, Trials, Values, metrics, newest_state, scores
+
+if TYPE_CHECKING:
+    from polyprompt.pack import Seat
 
 STEP = "step"
 #: Tag of a trial's tracking run: the params that change on the way.
@@ -54,7 +58,10 @@ class TrainTrial:
     experiment: str = ""
     changing: bool = False
 
-    def __call__(self, number: int, params: Params, report: Report, until: int | None = None) -> Values:
+    def __call__(
+        self, number: int, params: Params, report: Report, until: int | None = None, seat: "Seat | None" = None
+    ) -> Values:
+        """seat: the trial's place among those that share its backbone."""
         # Imported here because it takes seconds that the driver need not pay.
         from polyprompt.ray_train import run
 
@@ -81,6 +88,7 @@ class TrainTrial:
                         say=lambda line: None,
                         stop=trials.stop_file(number),
                         tags=self._tags(number, params, seed),
+                        seat=seat,
                     )
             except StoppedError:
                 if until is None or not trials.stop_file(number).is_symlink():

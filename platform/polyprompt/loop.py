@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyprompt import diagnosis, router_health
 from polyprompt.batches import Batches, GlobalBatch
@@ -109,6 +109,16 @@ class Reporter(Protocol):
         """Name the newest bundle, for an error message."""
 
 
+class Together(Protocol):
+    """Computes a run's micro-batches beside those of other runs."""
+
+    def forward(self, model: PromptedModel, micro: Batch) -> Loss:
+        """As of the model itself."""
+
+    def backward(self, objective: Tensor) -> None:
+        """Of what `forward` returned last."""
+
+
 def fit(
     model: PromptedModel,
     batches: Batches,
@@ -120,8 +130,9 @@ def fit(
     evaluate: Callable[[], Scores],
     reporter: Reporter,
     state: TrainState,
+    together: Together | None = None,
 ) -> TrainState:
-    """Train until train.max_steps or an early stop, from wherever `state` says.
+    """Train until train.max_steps or an early stop, from wherever `state` says. together: None: this run is alone.
 
     Raises NotFiniteError, with the weights of the last good step, as soon as a loss or gradient is not finite; it names
     the workers, tasks and examples that it came from.
@@ -135,7 +146,7 @@ def fit(
     while state.step < config.train.max_steps and not state.stopped_early:
         started = time.perf_counter()
         batch = batches[state.step + 1]
-        totals = _gradients(module, batch, len(tasks), config, workers)
+        totals = _gradients(module, batch, len(tasks), config, workers, together)
         norm = _step(optim, totals, len(tasks))
         if math.isnan(norm):
             with workers.accumulating(module, last=False):
@@ -155,7 +166,14 @@ def fit(
     return state
 
 
-def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: RunConfig, workers: Workers) -> Tensor:
+def _gradients(
+    module: Any,
+    batch: GlobalBatch,
+    num_tasks: int,
+    config: RunConfig,
+    workers: Workers,
+    together: Together | None = None,
+) -> Tensor:
     """Compute this process's shards; return the global totals (see `_totals`)."""
     for number, shard in enumerate(batch.shards):
         torch.manual_seed(shard.seed)  # dropout and router noise belong to the shard, not to the process
@@ -163,8 +181,12 @@ def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: Ru
         for piece, micro in enumerate(shard.micro_batches):
             last = number == len(batch.shards) - 1 and piece == len(shard.micro_batches) - 1
             with workers.accumulating(module, last):
-                loss, objective = _forward(module, micro, batch, config)
-                (objective * workers.loss_scale).backward()
+                loss, objective = _forward(module, micro, batch, config, together)
+                objective = objective * workers.loss_scale
+                if together is None:
+                    objective.backward()
+                else:
+                    together.backward(objective)
             part = _totals(loss, micro.task_B.to(loss.nll_B.device), num_tasks)
             totals = part if totals is None else totals + part
         assert totals is not None
@@ -172,12 +194,18 @@ def _gradients(module: nn.Module, batch: GlobalBatch, num_tasks: int, config: Ru
     return workers.finish()
 
 
-def _forward(module: nn.Module, micro: Batch, batch: GlobalBatch, config: RunConfig) -> tuple[Loss, Tensor]:
+def _forward(
+    module: Any, micro: Batch, batch: GlobalBatch, config: RunConfig, together: Together | None = None
+) -> tuple[Loss, Tensor]:
     """Return a micro-batch's loss, and what is to be minimised: its share of the global batch's."""
     device = next(module.parameters()).device
     micro = micro.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        loss = module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
+        loss = (
+            module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
+            if together is None
+            else together.forward(module, micro)
+        )
     return loss, _objective(loss, batch, config) + loss.penalty_B.sum() / batch.num_rows
 
 

@@ -72,7 +72,9 @@ class PromptedModel(nn.Module):
     def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Loss:
         """Return the loss of a batch. mask_BT: 1 for real tokens. labels_BS: target ids, -100 for no loss."""
         encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
-        nll_B = self._nll(labels_BS, encoded, prompts)
+        return self.loss(labels_BS, self.nll(labels_BS, encoded, prompts), prompts)
+
+    def loss(self, labels_BS: Tensor, nll_B: Tensor, prompts: Prompts) -> Loss:
         tokens_B = (labels_BS != IGNORED).sum(dim=1)
         penalty_B = torch.zeros_like(nll_B) if prompts.penalty_B is None else prompts.penalty_B
         return Loss(nll_B, tokens_B, dict(prompts.aux), penalty_B)
@@ -125,7 +127,7 @@ class PromptedModel(nn.Module):
         nll = []
         for labels, row in zip(labels_CS.split(slice_rows), row_C.split(slice_rows), strict=True):
             own = Encoded(encoded.hidden_BTH[row], encoded.mask_BT[row])
-            nll += self._nll(labels, own, _decoder_rows(prompts, row)).tolist()
+            nll += self.nll(labels, own, _decoder_rows(prompts, row)).tolist()
         scores = iter(nll)
         return [[-next(scores) for _ in own] for own in choices]
 
@@ -191,9 +193,13 @@ class PromptedModel(nn.Module):
         path, _, last = name.rpartition(".")
         return getattr(self.get_submodule(path), last)
 
-    def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
+    def prompts(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Tensor, Prompts]:
+        """Return the input embeddings x_BTH, and what the method makes of them."""
         x_BTH = self.backbone.embed(input_ids_BT)
-        prompts = self.method.prompts(x_BTH, mask_BT, task_B + self.first_task)
+        return x_BTH, self.method.prompts(x_BTH, mask_BT, task_B + self.first_task)
+
+    def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
+        x_BTH, prompts = self.prompts(input_ids_BT, mask_BT, task_B)
         return self.backbone.encode(x_BTH, mask_BT, prompts), prompts
 
     @torch.no_grad()
@@ -202,7 +208,7 @@ class PromptedModel(nn.Module):
         encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
         return self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts)
 
-    def _nll(self, labels_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
+    def nll(self, labels_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
         """Return the summed negative log-likelihood of each row's target."""
         real_BS = labels_BS != IGNORED
         with self.backbone.logits_only_at(real_BS):

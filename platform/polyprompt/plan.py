@@ -41,15 +41,22 @@ class Plan:
     majority: Mapping[str, Mapping[str, float]]
 
 
-def build(config: RunConfig, bundle: Bundle | None = None) -> tuple[PromptedModel, Sequence[AnyData]]:
+def build(
+    config: RunConfig, bundle: Bundle | None = None, load: Load | None = None
+) -> tuple[PromptedModel, Sequence[AnyData]]:
     """Build the model (CPU) and the tokenised data. The same on every process.
 
     bundle: of this run, to go on from: it holds all that the method was given and learned, so that no source or start
-    is read again. None: initial weights from the seed.
+    is read again. None: initial weights from the seed. load: None: backbone.load, as always
+    for tasks that are added to an earlier bundle.
     Raises ConfigError, DataError or BundleError naming what does not fit. Data in the cache is not read again.
     """
     tasks = catalog.resolve(config)
-    model = _with_new_tasks(config, bundle, tasks) if config.init else model_of(config, len(config.tasks), bundle)
+    model = (
+        _with_new_tasks(config, bundle, tasks)
+        if config.init
+        else model_of(config, len(config.tasks), bundle, load or backbones.load)
+    )
     backbone, method = model.backbone, model.method
     limit = input_limit(config, backbone, method)
     for task in tasks:
@@ -142,9 +149,9 @@ def model_of(
     return model
 
 
-def plan(config: RunConfig, bundle: Bundle | None = None) -> Plan:
-    """Check everything that can be checked without training. bundle, errors: as of `build`."""
-    model, data = build(config, bundle)
+def plan(config: RunConfig, bundle: Bundle | None = None, load: Load | None = None) -> Plan:
+    """Check everything that can be checked without training. bundle, load, errors: as of `build`."""
+    model, data = build(config, bundle, load)
     counts = model.num_parameters()
     sizes = [len(task.train) for task in data]
     mixture = Mixture(rates(config.mixture, sizes, task_weights(config, data)), sizes, config.train.seed)

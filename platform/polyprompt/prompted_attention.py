@@ -8,7 +8,8 @@ Letters: B rows of a batch, P prompt tokens, L layers, N key-value heads, D head
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from polyprompt.methods.base import KeyValues, Prompts
+from polyprompt.methods.base import KeyValues, Part, Prompts
 
 
 def attention_name(attention: str) -> str:
@@ -58,6 +59,10 @@ def prompted(wrapped: Callable) -> Callable:
     ) -> tuple[Tensor, Tensor | None]:
         # Cross-attention has no spot.
         stack, layer = getattr(module, "prompt_spot", (None, 0))
+        if prompts is not None and prompts.parts:
+            bias = kwargs.pop("position_bias", None)
+            own = partial(attend, module, **kwargs)
+            return _part_by_part(own, stack, query_BNQD, key_BNXD, value_BNXD, mask, bias, prompts.parts), None
         made = getattr(prompts, stack) if prompts is not None and stack else None
         if made is None or made.keys_LBNPD.shape[3] == 0:
             return wrapped(module, query_BNQD, key_BNXD, value_BNXD, mask, **kwargs)
@@ -83,6 +88,42 @@ def prompted(wrapped: Callable) -> Callable:
         )
 
     return attend
+
+
+def _part_by_part(
+    attend: Callable,
+    stack: str | None,
+    query_BNQD: Tensor,
+    key_BNXD: Tensor,
+    value_BNXD: Tensor,
+    mask: Tensor | None,
+    bias_1NQX: Tensor | None,
+    parts: Sequence[Part],
+) -> Tensor:
+    """Attend within each part of a batch as if it were alone, at its own lengths, and return output_BQND.
+
+    stack: that of self-attention; None: cross-attention. bias_1NQX: of T5's kind, the same for all rows.
+    """
+    rows = [part.num_rows for part in parts]
+    masks = [None] * len(parts) if mask is None else mask.expand(len(query_BNQD), -1, -1, -1).split(rows)
+    outputs = []
+    for part, query, key, value, own in zip(
+        parts, query_BNQD.split(rows), key_BNXD.split(rows), value_BNXD.split(rows), masks, strict=True
+    ):
+        num_queries = part.lengths["encoder" if stack == "encoder" else "decoder"]
+        num_keys = part.lengths["decoder" if stack == "decoder" else "encoder"]
+        bias = {} if bias_1NQX is None else {"position_bias": bias_1NQX[:, :, :num_queries, :num_keys]}
+        with part.own_random():
+            output_BQND, _ = attend(
+                query[:, :, :num_queries],
+                key[:, :, :num_keys],
+                value[:, :, :num_keys],
+                None if own is None else own[:, :, :num_queries, :num_keys],
+                prompts=part.prompts,
+                **bias,
+            )
+        outputs.append(pad(output_BQND, (0, 0, 0, 0, 0, query_BNQD.shape[2] - num_queries)))
+    return torch.cat(outputs)
 
 
 def _with_prompt_columns(mask: Tensor, made: KeyValues, num_rows: int) -> Tensor:

@@ -49,6 +49,7 @@ from polyprompt import (
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData, Split
 from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, StorageError, TrainingError
+from polyprompt.pack import Seat
 from polyprompt.plan import Plan, plan
 from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
@@ -83,14 +84,18 @@ def run(
     say: Callable[[str], None] = print,
     stop: Path | None = None,
     tags: Mapping[str, str] | None = None,
+    seat: Seat | None = None,
 ) -> RunResult:
     """Train one model on many tasks and leave a complete record of it.
 
     out: folder for result.json, tables and plots (None: runs/<name>). say: takes lines for the user. stop: a file whose
-    appearance ends the run at its next logged step or bundle. tags: further tags of the tracking run.
+    appearance ends the run at its next logged step or bundle. tags: further tags of the tracking run. seat: the run's
+    place among others that share its backbone, held by this thread.
     A run that was stopped goes on from its newest bundle; a finished one is returned as it is.
     Raises ConfigError, DataError, BundleError or TrackingError before training, TrainingError or StoppedError from it.
     """
+    if seat is not None:
+        seat.check(config)
     place = run_folder.choose(config, out)
     run_folder.check(place, config)
     if place.result.exists():
@@ -98,9 +103,9 @@ def run(
         return RunResult.read(place.result)
     if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
-    checked = plan(config, checkpoint.newest(place.bundles))
+    checked = plan(config, checkpoint.newest(place.bundles), seat.load if seat else None)
     with run_folder.claim(place):
-        result = _run(config, place, checked, say, stop, tags or {})
+        result = _run(config, place, checked, say, stop, tags or {}, seat)
     # A search registers its best run itself.
     if config.tracking.register_model and PARENT not in (tags or {}):
         _register(config, place, say)
@@ -114,6 +119,7 @@ def _run(
     say: Callable[[str], None],
     stop: Path | None,
     tags: Mapping[str, str],
+    seat: Seat | None,
 ) -> RunResult:
     digests = {task.task.name: task.digest for task in checked.data}
     rows = {task.task.name: task.rows_digest for task in checked.data}
@@ -137,7 +143,7 @@ def _run(
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
         with progress.show(place, config.train.max_steps), on_sigterm(place.folder) as listen:
-            outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job)
+            outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job, seat)
         result = _result(config, place, checked, outcome, handle)
         try:
             _leave(result, place, handle)
@@ -162,9 +168,9 @@ def _run(
             tracking.finish(handle, status, step=config.train.max_steps, metrics=closing, tags=flags)
 
 
-def _train_here(job: Job) -> Outcome:
+def _train_here(job: Job, seat: Seat | None) -> Outcome:
     device = torch.device("cuda" if job.config.compute.use_gpu else "cpu")
-    return train(job, device, announce=lambda metrics, bundle: None)
+    return train(job, device, lambda metrics, bundle: None, seat)
 
 
 def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], None]) -> Outcome:

@@ -30,6 +30,7 @@ from polyprompt.evaluate import evaluate
 from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
+from polyprompt.pack import Seat
 from polyprompt.plan import build
 from polyprompt.result import write_whole
 from polyprompt.run_folder import BUNDLES, RUN
@@ -169,24 +170,24 @@ def check_folder(job: Job) -> None:
         )
 
 
-def train(job: Job, device: torch.device, announce: Announce) -> Outcome:
+def train(job: Job, device: torch.device, announce: Announce, seat: Seat | None = None) -> Outcome:
     """Train to the end, from the newest whole bundle if there is one. All processes return the same state.
 
-    announce: called on all processes with metrics and the folder of each new bundle.
+    announce: called on all processes with metrics and the folder of each new bundle. seat: the run's place in a pack.
     """
     config = job.config
     torch.set_num_threads(config.compute.cpus_per_worker)
     workers = Workers(config.train.num_shards, config.compute.gradient_sum, (job.folder / STOP).exists)
-    with _log(job, workers):
-        return _train(job, device, workers, announce)
+    with _log(job, workers, seat):
+        return _train(job, device, workers, announce, seat)
 
 
-def _train(job: Job, device: torch.device, workers: Workers, announce: Announce) -> Outcome:
+def _train(job: Job, device: torch.device, workers: Workers, announce: Announce, seat: Seat | None) -> Outcome:
     config = job.config
     # A fault of one process (its disk, its cache) must end them all, or the others would wait for it for ever.
     start, error = None, None
     try:
-        start = _start(job, device)
+        start = _start(job, device, seat)
     except PolypromptError as found:
         error = found
     for fault in workers.gather(error):
@@ -208,6 +209,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce)
             evaluate=lambda: evaluate(model, data, config, workers),
             reporter=RunReporter(job, workers, tracker, identity, announce),
             state=state,
+            together=seat,
         )
     return Outcome(
         state=state,
@@ -216,10 +218,10 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce)
     )
 
 
-def _start(job: Job, device: torch.device) -> Start:
+def _start(job: Job, device: torch.device, seat: Seat | None) -> Start:
     """Build everything and put it where the newest whole bundle says."""
     bundle = checkpoint.newest(job.bundles)
-    model, data = build(job.config, bundle)
+    model, data = build(job.config, bundle, seat.load if seat else None)
     identity = model.backbone.identity()  # of the weights before any training
     model.to(device)
     optim = Optim(job.config.train, model.named_groups(), model.undecayed())
@@ -243,11 +245,13 @@ def _end_of_a_hang(job: Job, said: str) -> None:
 
 
 @contextmanager
-def _log(job: Job, workers: Workers) -> Iterator[None]:
+def _log(job: Job, workers: Workers, seat: Seat | None) -> Iterator[None]:
     """The first process's messages go to run.log, which whoever started the run shows; it may be on another machine."""
     logger = logging.getLogger("polyprompt")
     handler = logging.FileHandler(job.folder / LOG) if workers.first else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if seat is not None:
+        handler.addFilter(seat.hears)
     logger.addHandler(handler)
     try:
         yield

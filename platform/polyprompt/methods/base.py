@@ -5,7 +5,8 @@ J places of a layer, G sets of adapters, R bottleneck.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -92,6 +93,7 @@ class Prompts:
     softmax without noise; "router/share": what each prompt is of the row's prompt without noise, as in prediction;
     "router/load": the same as used here, noise and all.
     penalty_B: a further loss of each row; its mean over the rows of the global batch is added to the objective.
+    parts: where rows of several models lie side by side, those of each; all else is empty then. No method gives them.
     """
 
     inputs_BPH: Tensor | None = None
@@ -102,6 +104,21 @@ class Prompts:
     penalty_B: Tensor | None = None
     embeddings_BTH: Tensor | None = None
     adapters: Mapping[str, Adapters] = field(default_factory=dict)
+    parts: Sequence["Part"] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one of several models in a batch that goes through the backbone they share (pack.py).
+
+    lengths: how wide the part is in each stack; what the batch has beyond it is padding. prompts: its keys and values.
+    own_random: entered around whatever draws from torch's global stream for these rows.
+    """
+
+    num_rows: int
+    lengths: Mapping[Stack, int]
+    prompts: Prompts
+    own_random: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Method(nn.Module, ABC):
