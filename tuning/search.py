@@ -210,7 +210,6 @@ def _load(search: Search) -> "Load | None":
 
     Raises ConfigError where trials cannot share one.
     """
-    from polyprompt import backbone
     from polyprompt.pack import Pack
 
     config = search.config

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.batches import GlobalBatch
-from polyprompt.data import Batch
+from polyprompt.collation import Batch
 from polyprompt.model import Loss
 
 MOST_NAMED = 5

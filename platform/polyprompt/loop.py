@@ -16,8 +16,8 @@ from torch import Tensor
 
 from polyprompt import diagnosis, router_health
 from polyprompt.batches import Batches, GlobalBatch
+from polyprompt.collation import Batch
 from polyprompt.config import RunConfig
-from polyprompt.data import Batch
 from polyprompt.errors import NotFiniteError
 from polyprompt.model import Loss, PromptedModel
 from polyprompt.optim import Optim

@@ -28,8 +28,8 @@ from polyprompt import backbone as backbones
 from polyprompt import packable
 from polyprompt.backbone import EncoderDecoder
 from polyprompt.backbone_base import Backbone, with_input_prompts
+from polyprompt.collation import Batch
 from polyprompt.config import BackboneConfig, RunConfig
-from polyprompt.data import Batch
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Part, Prompts, Stack
 from polyprompt.model import IGNORED, Loss, PromptedModel
