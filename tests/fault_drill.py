@@ -35,9 +35,15 @@ def newest(out: Path) -> int:
     return int(folders[-1].name.removeprefix("step_")) if folders else 0
 
 
+def logged(out: Path) -> int:
+    """The last step that was logged; 0 for none."""
+    file = out / PROGRESS
+    return int(json.loads(file.read_text())["step"]) if file.exists() else 0
+
+
 def steps_lost(out: Path) -> int:
     """Steps that were logged after the newest bundle, while no worker runs."""
-    return max(0, json.loads((out / PROGRESS).read_text())["step"] - newest(out))
+    return max(0, logged(out) - newest(out))
 
 
 class Losses:

@@ -22,6 +22,7 @@ from fault_drill import (
     Losses,
     Table,
     go,
+    logged,
     meanwhile,
     newest,
     processes,
@@ -151,7 +152,7 @@ class TestProcesses:
         losses, stopped = Losses(out), []
 
         def stop_one() -> None:
-            until(lambda: newest(out) >= 15)
+            until(lambda: logged(out) >= 18)  # between two bundles
             stopped.append(train_workers()[-1])
             stopped[0].suspend()
 
@@ -172,7 +173,7 @@ class TestProcesses:
         losses = Losses(out)
 
         def kill() -> None:
-            until(lambda: newest(out) >= 15)
+            until(lambda: logged(out) >= 18)  # between two bundles
             for process in processes("TrainController"):
                 process.kill()
 
@@ -269,7 +270,7 @@ def test_a_killed_node_costs_nothing(long_run: Table, tmp_path: Path, drill: Dri
         assert nodes.stdout is not None
         address = next(line.strip() for line in nodes.stdout if line[0].isdigit())
         job = start(str(ROOT / "jobs" / "multitask.py"), str(recipe), "--out", str(out), RAY_ADDRESS=address)
-        until(lambda: newest(out) >= 15 or job.poll() is not None)
+        until(lambda: logged(out) >= 18 or job.poll() is not None)
         nodes.stdin.write("kill\n")
         nodes.stdin.flush()
         assert job.stdout is not None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_drill import Losses, Table, go, meanwhile, newest, same, steps_lost, train_workers, until
+from fault_drill import Losses, Table, go, logged, meanwhile, same, steps_lost, train_workers, until
 from mlflow import MlflowClient
 
 from polyprompt import checkpoint
@@ -239,7 +239,7 @@ class TestOnRay:
         losses = Losses(out)
 
         def kill() -> None:
-            until(lambda: newest(out) >= 15)
+            until(lambda: logged(out) >= 18)  # between two bundles
             train_workers()[-1].kill()
 
         killing = meanwhile(kill)
@@ -289,7 +289,7 @@ def test_a_killed_driver_costs_nothing(small_run: Table, tmp_path: Path, drill: 
     command = [sys.executable, str(ROOT / "jobs" / "multitask.py"), str(recipe), "--out", str(tmp_path / "b")]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
-    until(lambda: newest(tmp_path / "b") >= 15 or first.poll() is not None)
+    until(lambda: logged(tmp_path / "b") >= 18 or first.poll() is not None)
     assert first.poll() is None, "the job ended before it could be killed"
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
