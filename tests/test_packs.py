@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,12 +98,17 @@ class Climb:
         if number == 1 and not (self.folder / "killed").exists():
             (self.folder / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        while not (self.folder / "killed").exists():
+            seat.backward(weight.sum())  # lets the others go on
         before = self.folder / f"reported {number + 1}"
         while number + 1 < self.num_trials and not before.exists():
-            seat.backward(weight.sum())  # lets the others go on
+            time.sleep(0.005)
+            seat.backward(weight.sum())
         report(4, {"eval/mean": float(number)})
         (self.folder / f"reported {number}").touch()
-        for _ in range(20_000):
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            time.sleep(0.005)
             seat.backward(weight.sum())
             if (self.folder / f"stop {number}").exists():
                 raise StoppedError("told to stop")
@@ -143,8 +149,7 @@ class Listed:
         return {} if number < 4 else None
 
     def tell(self, number: int, values: Mapping[str, float], *, failed: bool) -> None:
-        assert not failed
-        self.told[number] = values
+        self.told[number] = {"failed": 1.0} if failed else values
 
 
 @pytest.mark.ray
