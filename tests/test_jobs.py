@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 JOB = ROOT / "jobs" / "multitask.py"
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
 #: These read what jobs/make_skills.py writes, which takes minutes; tests/test_pretrain.py trains on text.
-PRETRAINING = ("pretrain_embedded",)
+PRETRAINING = ("pretrain_embedded", "pretrain_embedded_first")
 Table = dict[str, Any]
 
 
