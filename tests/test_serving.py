@@ -758,9 +758,15 @@ def test_a_killed_replica_takes_no_answer_with_it(on_ray: serving.Replicas, eigh
         await desk.put("eight", str(eight))
 
         async def ask(row: Table) -> list[Any]:
-            return [(await desk.ask([row], None, None))[0] for _ in range(6)]
+            found = []
+            for _ in range(6):
+                found.append((await desk.ask([row], None, None))[0])
+                answering.set()
+            return found
 
+        answering = asyncio.Event()
         asking = [asyncio.create_task(ask(row)) for row in rows]
+        await answering.wait()  # so that the replica has requests in hand
         while desk.waiting.rows < 32:
             await asyncio.sleep(0)
         os.kill(replica_pid(), signal.SIGKILL)
