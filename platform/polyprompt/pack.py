@@ -96,17 +96,6 @@ class Seat:
         """Raise ConfigError for a run that cannot be here."""
         packable.check(config)
 
-    def load(
-        self,
-        config: BackboneConfig,
-        *,
-        train: bool | Literal["layer_norms"],
-        precision: Literal["fp32", "bf16"],
-        seed: int,
-    ) -> Backbone:
-        """As backbone.load; the same for all runs of the pack."""
-        return self.pack.load(config, train=train, precision=precision, seed=seed)
-
     def hears(self, record: logging.LogRecord) -> bool:
         """A filter of messages: those of the other runs' threads are not this run's."""
         return all(other is self or other.thread != record.thread for other in list(self.pack.seats))

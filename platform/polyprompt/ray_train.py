@@ -103,7 +103,7 @@ def run(
         return RunResult.read(place.result)
     if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
-    checked = plan(config, checkpoint.newest(place.bundles), seat.load if seat else None)
+    checked = plan(config, checkpoint.newest(place.bundles), seat.pack.load if seat else None)
     with run_folder.claim(place):
         result = _run(config, place, checked, say, stop, tags or {}, seat)
     # A search registers its best run itself.

@@ -221,7 +221,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
 def _start(job: Job, device: torch.device, seat: Seat | None) -> Start:
     """Build everything and put it where the newest whole bundle says."""
     bundle = checkpoint.newest(job.bundles)
-    model, data = build(job.config, bundle, seat.load if seat else None)
+    model, data = build(job.config, bundle, seat.pack.load if seat else None)
     identity = model.backbone.identity()  # of the weights before any training
     model.to(device)
     optim = Optim(job.config.train, model.named_groups(), model.undecayed())
