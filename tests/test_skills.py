@@ -1,7 +1,10 @@
 import gzip
 import hashlib
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ import yaml
 from scipy.stats import chisquare
 from transformers import AutoTokenizer
 
+from polyprompt import recipe
 from polyprompt.backbone import EMBEDDED
 from polyprompt.errors import DataError
 from polyprompt.tasks import embedded
@@ -254,6 +258,26 @@ def test_the_recipe_lists_tasks_that_are_made() -> None:
     listed = [task["name"] for task in recipe["tasks"] if task["name"].startswith("skills/")]
     assert listed
     assert {name.removeprefix("skills/") for name in listed} <= set(MAKERS)
+
+
+def test_each_stage_starts_from_the_weights_of_the_one_before(tmp_path: Path) -> None:
+    """The script with a stand-in for python that writes down what it is asked for."""
+    for part in ("jobs/recipes", "build/skills"):
+        (tmp_path / part).mkdir(parents=True)
+    for file in (ROOT / "jobs" / "recipes").glob("pretrain_embedded*"):
+        shutil.copy(file, tmp_path / "jobs" / "recipes")
+    script = tmp_path / "jobs" / "recipes" / "pretrain_embedded.sh"
+    environment = {**os.environ, "PYTHON": r"printf %s\n"}
+    said = subprocess.run([script], env=environment, capture_output=True, text=True, check=True).stdout
+    stages = [stage.splitlines() for stage in said.split("jobs/pretrain.py\n")[1:]]
+    assert len(stages) == 7
+    backbone = {"name": "embedded", "init": "random"}
+    for recipe_file, *overrides, option, out in stages:
+        assert option == "--out"
+        table = recipe.merge([recipe.read(tmp_path / recipe_file)], overrides)
+        assert table["backbone"] == backbone
+        assert table["mixture"].get("weights", {}).keys() <= {task["name"] for task in table["tasks"]}
+        backbone = {"name": f"{out}/backbone", "init": "pretrained"}
 
 
 @pytest.mark.parametrize(
