@@ -32,7 +32,7 @@ from polyprompt import placement, ray_train
 from polyprompt.errors import StoppedError
 from polyprompt.run_folder import LOCK
 from tuning.population import UNTIL, Population
-from tuning.sampler import Source
+from tuning.sampler import Source, Unstarted
 from tuning.schema import AshaScheduler, MedianScheduler, PbtScheduler
 from tuning.spaces import Params, Search
 from tuning.study import Change, Objective, Trial
@@ -142,11 +142,9 @@ class TrialActor(tune.Trainable):
 
 @dataclass
 class Proposals(Searcher):
-    """Hands Tune the trials: first those that an earlier start left unfinished, then new ones from the source."""
+    """Hands Tune the trials, and tells the source how they did."""
 
-    source: Source
-    unfinished: list[tuple[int, Params]]
-    next_number: int
+    unstarted: Unstarted
     events: Events
     metrics: Sequence[str]
     ending: threading.Event
@@ -156,16 +154,10 @@ class Proposals(Searcher):
         self.numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        if self.ending.is_set():
+        trial = None if self.ending.is_set() else self.unstarted.pop()
+        if trial is None:
             return Searcher.FINISHED
-        if self.unfinished:
-            number, params = self.unfinished.pop(0)
-        else:
-            number = self.next_number
-            suggested = self.source.suggest(number)
-            if suggested is None:
-                return Searcher.FINISHED
-            params, self.next_number = suggested, number + 1
+        number, params = trial
         self.numbers[trial_id] = number
         self.events.begun(number, params)
         return {"number": number, "params": params}
@@ -175,7 +167,7 @@ class Proposals(Searcher):
         if outcome == INTERRUPTED:
             return
         values = {key: value for key, value in (result or {}).items() if key in self.metrics}
-        self.source.tell(self.numbers[trial_id], values, failed=error or outcome == FAILED)
+        self.unstarted.source.tell(self.numbers[trial_id], values, failed=error or outcome == FAILED)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a pickle of everything for its own resume, which is not used
@@ -277,11 +269,8 @@ def execute(
     for chatter in ("ray.tune.tune", "ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
     config = search.config
-    unfinished = [(t.number, dict(t.params)) for t in known if t.state in ("running", "waiting")]
     proposals = Proposals(
-        source=source,
-        unfinished=unfinished,
-        next_number=max((t.number for t in known), default=-1) + 1,
+        unstarted=Unstarted(source, known),
         events=events,
         metrics=[objective.metric for objective in search.objectives],
         ending=ending,

@@ -21,7 +21,7 @@ from polyprompt.errors import StoppedError
 from polyprompt.pack import Pack, Seat
 from tuning.capacity import Capacity
 from tuning.execution import Events, NoController, StandIn, lost, scheduler
-from tuning.sampler import Source
+from tuning.sampler import Source, Unstarted
 from tuning.spaces import Params, Search
 from tuning.study import Trial
 from tuning.trial import Ended, Values
@@ -89,13 +89,11 @@ class Packs:
 
     search: Search
     work: Work
-    source: Source
+    unstarted: Unstarted
     events: Events
     room: Capacity
     ending: threading.Event
     scheduler: TrialScheduler
-    unfinished: list[tuple[int, Params]]
-    next_number: int
     packs: list[Any] = field(default_factory=list)
     trials: dict[Any, Live] = field(default_factory=dict)
 
@@ -118,17 +116,12 @@ class Packs:
             ray.kill(pack)
 
     def _propose(self) -> Live | None:
-        """Begin a trial: first those that an earlier start left unfinished, then new ones from the source."""
-        if self.unfinished:
-            number, params = self.unfinished.pop(0)
-        else:
-            number = self.next_number
-            suggested = self.source.suggest(number)
-            if suggested is None:
-                return None
-            params, self.next_number = suggested, number + 1
-        trial = Live(number, params)
-        self.events.begun(number, params)
+        """Begin a trial, if there is one."""
+        proposed = self.unstarted.pop()
+        if proposed is None:
+            return None
+        trial = Live(*proposed)
+        self.events.begun(trial.number, trial.params)
         self.scheduler.on_trial_add(_NOBODY, trial.stand_in)
         return trial
 
@@ -183,7 +176,7 @@ class Packs:
                 trial.failures += 1
                 self._start(trial)
                 return
-            self.source.tell(trial.number, {}, failed=True)
+            self.unstarted.source.tell(trial.number, {}, failed=True)
             self.events.ended(trial.number, outcome)
             return
         values = trial.seen if outcome is None else outcome
@@ -191,7 +184,7 @@ class Packs:
             self.scheduler.on_trial_complete(_NOBODY, trial.stand_in, outcome)
         metrics = {objective.metric for objective in self.search.objectives}
         known = {key: value for key, value in values.items() if key in metrics}
-        self.source.tell(trial.number, known, failed=False)
+        self.unstarted.source.tell(trial.number, known, failed=False)
         self.events.ended(trial.number, None if outcome is not None else Ended("stopped", trial.stopped))
 
 
@@ -216,13 +209,11 @@ def execute(
     packs = Packs(
         search=search,
         work=work,
-        source=source,
+        unstarted=Unstarted(source, known),
         events=events,
         room=room,
         ending=ending,
         scheduler=scheduler(search, known),
-        unfinished=[(t.number, dict(t.params)) for t in known if t.state in ("running", "waiting")],
-        next_number=max((t.number for t in known), default=-1) + 1,
     )
     try:
         packs.run()

@@ -127,6 +127,26 @@ def source(search: Search, known: Sequence[Trial]) -> Source:
     return Listed(listed) if listed is not None else Learned(search, known)
 
 
+class Unstarted:
+    """The trials to start: first those that an earlier start left unfinished, then the source's new ones."""
+
+    def __init__(self, source: Source, known: Sequence[Trial]) -> None:
+        """known: trials of earlier starts."""
+        self.source = source
+        self.unfinished = [(t.number, dict(t.params)) for t in known if t.state in ("running", "waiting")]
+        self.next_number = max((t.number for t in known), default=-1) + 1
+
+    def pop(self) -> tuple[int, Params] | None:
+        """Return the next one's number and configuration; None: there are no more now."""
+        if self.unfinished:
+            return self.unfinished.pop(0)
+        params = self.source.suggest(self.next_number)
+        if params is None:
+            return None
+        self.next_number += 1
+        return self.next_number - 1, params
+
+
 def _suggest(trial: optuna.Trial, name: str, space: Space) -> Any:
     if space.choice is not None:
         return trial.suggest_categorical(name, space.choice)

@@ -15,11 +15,9 @@ The only file that imports ray.train. How Ray is used and why (each was seen to 
 - Every path is absolute, because Ray changes the workers' working folder.
 """
 
-import json
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import threading
@@ -34,20 +32,8 @@ from typing import Any, Literal
 import torch
 
 import polyprompt
-from polyprompt import (
-    checkpoint,
-    logged_models,
-    placement,
-    progress,
-    registry,
-    report,
-    retry,
-    run_folder,
-    run_note,
-    tracking,
-)
+from polyprompt import checkpoint, placement, progress, recording, retry, run_folder, run_note, tracking
 from polyprompt.config import RunConfig
-from polyprompt.data import AnyData, Split
 from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, StorageError, TrainingError
 from polyprompt.pack import Seat
 from polyprompt.plan import Plan, plan
@@ -56,7 +42,6 @@ from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
 from polyprompt.stopping import STOP, on_sigterm
 from polyprompt.study_tracking import PARENT
-from polyprompt.text_store import TextSplit
 from polyprompt.worker import HANG, Job, Outcome, check_folder, train
 
 PLACEMENT = "placement_group"
@@ -108,7 +93,7 @@ def run(
         result = _run(config, place, checked, say, stop, tags or {}, seat)
     # A search registers its best run itself.
     if config.tracking.register_model and PARENT not in (tags or {}):
-        _register(config, place, say)
+        recording.register(config, place, say)
     return result
 
 
@@ -130,8 +115,8 @@ def _run(
     # Recorded before the tracking store is asked, so that a start which fails there can be repeated.
     run_id = place.record().get("run_id", "")
     place.write_record(config, digests, run_id, rows)
-    note = run_note.opening(config, checked, place)
-    handle = _open_tracking(config, checked, run_id, {run_note.NOTE: note, **tags})
+    note, commit = run_note.opening(config, checked, place), checkpoint.git_commit()
+    handle = recording.open_tracking(config, checked, run_id, commit, {run_note.NOTE: note, **tags})
     if handle is not None:
         place.write_record(config, digests, handle.run_id, rows)
     (place.out / "config.yaml").write_text(config.to_yaml())
@@ -139,21 +124,21 @@ def _run(
     closing: dict[str, float] = {}
     flags: dict[str, str] = {}
     try:
-        job = Job(config=config, folder=place.folder, handle=handle, commit=checkpoint.git_commit(), stop=stop)
+        job = Job(config=config, folder=place.folder, handle=handle, commit=commit, stop=stop)
         where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
         with progress.show(place, config.train.max_steps), on_sigterm(place.folder) as listen:
             outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job, seat)
-        result = _result(config, place, checked, outcome, handle)
+        result = recording.result_of(config, place, checked, outcome, handle)
         try:
-            _leave(result, place, handle)
+            recording.leave(result, place, handle)
         except OSError as error:
             raise StorageError(
                 f"the run has been trained, but its results cannot be written to {place.out}: {error}. Make room there "
                 "and start the same command again: it goes on from the last bundle"
             ) from error
         if handle is not None:
-            _log_checkpoints(config, place, checked, outcome, handle)
+            recording.log_checkpoints(config, place, checked, outcome, handle)
         status = "FINISHED"
         closing = {"eval/best_mean": result.mean, **run_note.costs(result)}
         flags = {run_note.NOTE: run_note.closing(note, result)}
@@ -396,112 +381,3 @@ def _last(error: BaseException) -> str:
     error = getattr(error, "health_check_failure", error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else type(error).__name__
-
-
-def _open_tracking(config: RunConfig, checked: Plan, run_id: str, tags: Mapping[str, str]) -> tracking.RunHandle | None:
-    if not config.tracking.enabled:
-        return None
-    return tracking.open_run(
-        config,
-        name=run_note.title(config),
-        tags={
-            "backbone_sha256": str(checked.backbone["sha256"]),
-            "git_commit": checkpoint.git_commit(),
-            "num_trained_parameters": str(checked.num_trained_parameters),
-            tracking.ROWS: json.dumps({task.task.name: task.rows_digest[:12] for task in checked.data}),
-            **tags,
-        },
-        datasets=[
-            tracking.DataInput(
-                name=task.task.name,
-                context="train" if split is task.train else "validation",
-                digest=_digest(task, split),
-                num_examples=len(split),
-                source=task.task.source,
-                split=task.task.train_split if split is task.train else task.task.validation_split,
-            )
-            for task in checked.data
-            for split in (task.train, task.validation)
-            if len(split)
-        ],
-        run_id=run_id or None,
-    )
-
-
-def _digest(task: AnyData, split: Split | TextSplit) -> str:
-    """Return a split's digest. MLflow takes equal name and digest for one data set."""
-    return f"{task.digest}-{split.name}"
-
-
-def _result(
-    config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: tracking.RunHandle | None
-) -> RunResult:
-    state = outcome.state
-    best = next(e for e in state.evaluations if e["step"] == state.best_step)
-    rows = sum(state.examples_seen.values())
-    return RunResult(
-        run_id=handle.run_id if handle else "",
-        name=place.name,
-        method=config.method.name,
-        backbone=config.backbone.name,
-        num_trained_parameters=checked.num_trained_parameters,
-        num_method_parameters=checked.num_method_parameters,
-        num_backbone_parameters=checked.num_backbone_parameters,
-        num_steps=state.step,
-        num_workers=config.compute.num_workers,
-        train_seconds=state.train_seconds,
-        examples_per_second=rows / state.train_seconds,
-        tokens_per_second=state.input_tokens / state.train_seconds,
-        peak_memory_bytes=outcome.peak_memory_bytes,
-        examples_seen=dict(state.examples_seen),
-        sequence=state.sequence,
-        loss_curve=state.loss_curve,
-        eval=best["tasks"],
-        majority={task: values["score"] for task, values in checked.majority.items()},
-        best_task_steps={task: int(step) for task, (step, _) in state.best_tasks.items()},
-        mean=best["mean"],
-        best_step=state.best_step,
-        bundle=str(place.bundles / checkpoint.folder_name(state.best_step)),
-        last_bundle=str(outcome.last_bundle),
-        stopped_early=state.stopped_early,
-        evaluations=state.evaluations,
-        inference_flops=checked.inference_flops,
-        router_collapse=state.router.collapse,
-    )
-
-
-def _log_checkpoints(
-    config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: tracking.RunHandle
-) -> None:
-    logged_models.log(
-        handle,
-        logged_models.kept(outcome.state, checkpoint.bundles(place.bundles)),
-        {"method": config.method.name, "backbone": config.backbone.name},
-        {task.task.name: _digest(task, task.validation) for task in checked.data},
-    )
-
-
-def _register(config: RunConfig, place: RunFolder, say: Callable[[str], None]) -> None:
-    """Make the finished run the candidate of its model. A run that cannot be registered is a finished run still."""
-    given = config.tracking.register_model
-    # What MLflow takes in the name of a model is less than in that of an experiment.
-    name = given if isinstance(given, str) else re.sub("[/:]", "-", tracking.resolve_experiment(config.tracking))
-    try:
-        version = registry.register(place.folder, name, tracking.resolve_uri(config.tracking))
-    except PolypromptError as error:
-        say(
-            f"Run {place.name} has finished, but was not registered: {error} Mend it, then: "
-            f"python jobs/register.py {place.folder} --name {name!r}"
-        )
-    else:
-        say(f"{version.uri} is the candidate: models:/{version.name}@{registry.CANDIDATE}")
-
-
-def _leave(result: RunResult, place: RunFolder, handle: tracking.RunHandle | None) -> None:
-    """Write what a person looks at, in the output folder and in MLflow; result.json last, for it means finished."""
-    files = [place.out / "config.yaml", place.out / "per_task.csv", *report.plots(result, place.out)]
-    report.per_task_csv(result, place.out / "per_task.csv")
-    for folder in {place.out, place.folder}:
-        result.write(folder / run_folder.RESULT)
-    if handle is not None:
-        tracking.log_artifacts(handle, [*files, place.out / run_folder.RESULT])
