@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -247,9 +248,62 @@ def rot(bundle: Path, name: str, row: int) -> None:
 def test_a_killed_node_costs_nothing(long_run: Table, tmp_path: Path, drill: Drill) -> None:
     """Of two nodes with a worker each, the one that does not run the job dies; another joins."""
     long_run["train"]["max_steps"] = 150
-    unbroken = go(long_run, tmp_path / "a")
-    recipe, out = tmp_path / "recipe.yaml", tmp_path / "b"
-    recipe.write_text(check({**long_run, "compute": {"num_workers": 2}}).to_yaml())
+    unbroken, out = go(long_run, tmp_path / "a"), tmp_path / "b"
+    with on_nodes({**long_run, "compute": {"num_workers": 2}}, out) as (nodes, job):
+        until(lambda: logged(out) >= 18 or job.poll() is not None)
+        tell(nodes, "kill")
+        assert job.stdout is not None
+        lost = [steps_lost(out) for line in job.stdout if line.startswith(LOST)]
+        assert job.wait() == 0
+    broken = RunResult.read(out / "result.json")
+    equal = same(broken, unbroken)
+    drill("a node of two is killed, another joins", lost=sum(lost), equal=equal)
+    assert len(lost) == 1
+    assert lost[0] <= 5
+    assert equal
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_node_that_joins_is_used(long_run: Table, tmp_path: Path, drill: Drill) -> None:
+    """A run of one worker on the only node; it goes on with two. Held back, it is not over before the node is there."""
+    long_run["train"] |= {"max_steps": 200, "batch_size": 4, "num_shards": 2}
+    unbroken, out = go(long_run, tmp_path / "a"), tmp_path / "b"
+    compute = {"num_workers": [1, 2], "resize_interval_seconds": 1}
+    lost: list[int] = []
+    with on_nodes({**long_run, "compute": compute}, out, "grow") as (nodes, job):
+        until(lambda: logged(out) >= 18 or job.poll() is not None)
+        (worker,) = train_workers()
+        worker.suspend()
+        tell(nodes, "join")
+        assert nodes.stdout is not None
+        assert nodes.stdout.readline() == "joined\n"
+        seen = logged(out)
+        while job.poll() is None:
+            with suppress(psutil.NoSuchProcess):  # once it was ended for two others
+                worker.resume()
+                time.sleep(0.02)
+                worker.suspend()
+            now = logged(out)
+            if now < seen:  # it went on from a bundle
+                lost.append(seen - now + 1)
+            seen = now
+            time.sleep(0.1 if worker.is_running() else 0.01)
+        assert job.wait() == 0
+    broken = RunResult.read(out / "result.json")
+    equal = same(broken, unbroken)
+    drill("a node joins: 1 worker, then 2", lost=sum(lost), equal=equal)
+    assert broken.num_workers == 2
+    assert len(lost) <= 1  # none: it was stopped right behind a bundle
+    assert sum(lost) <= 5
+    assert equal
+
+
+@contextmanager
+def on_nodes(table: Table, out: Path, *how: str) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """Start a cluster (cluster_nodes.py) and a job on it; yield both processes."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(check(table).to_yaml())
     with (
         tempfile.TemporaryDirectory(prefix="pp", dir="/tmp", ignore_cleanup_errors=True) as sessions,
         ExitStack() as stack,
@@ -258,32 +312,25 @@ def test_a_killed_node_costs_nothing(long_run: Table, tmp_path: Path, drill: Dri
 
         def start(*command: str, **more: str) -> subprocess.Popen[str]:
             started = subprocess.Popen(
-                [sys.executable, *command], env={**environment, **more}, cwd=tmp_path, text=True,
+                [sys.executable, *command], env={**environment, **more}, cwd=out.parent, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
             stack.callback(started.wait)
             stack.callback(started.terminate)
             return started
 
-        nodes = start(str(ROOT / "tests" / "cluster_nodes.py"))
-        assert nodes.stdin is not None
+        nodes = start(str(ROOT / "tests" / "cluster_nodes.py"), *how)
         assert nodes.stdout is not None
         address = next(line.strip() for line in nodes.stdout if line[0].isdigit())
-        job = start(str(ROOT / "jobs" / "multitask.py"), str(recipe), "--out", str(out), RAY_ADDRESS=address)
-        until(lambda: logged(out) >= 18 or job.poll() is not None)
-        nodes.stdin.write("kill\n")
-        nodes.stdin.flush()
-        assert job.stdout is not None
-        lost = [steps_lost(out) for line in job.stdout if line.startswith(LOST)]
-        assert job.wait() == 0
+        yield nodes, start(str(ROOT / "jobs" / "multitask.py"), str(recipe), "--out", str(out), RAY_ADDRESS=address)
         with suppress(BrokenPipeError):
             nodes.communicate("end\n", timeout=60)
-    broken = RunResult.read(out / "result.json")
-    equal = same(broken, unbroken)
-    drill("a node of two is killed, another joins", lost=sum(lost), equal=equal)
-    assert len(lost) == 1
-    assert lost[0] <= 5
-    assert equal
+
+
+def tell(nodes: subprocess.Popen[str], word: str) -> None:
+    assert nodes.stdin is not None
+    nodes.stdin.write(f"{word}\n")
+    nodes.stdin.flush()
 
 
 # --- the tracking server

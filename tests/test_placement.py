@@ -42,6 +42,15 @@ def test_workers_that_the_autoscaler_brings() -> None:
     assert "any number" in Room(compute, [HEAD], [Group("gpu", GPU_NODE, -1)]).text
 
 
+def test_as_many_workers_as_there_is_room_for() -> None:
+    compute = ComputeConfig(num_workers=(1, 6), use_gpu=True, cpus_per_worker=4)
+    room = Room(compute, [HEAD, GPU_NODE], [])
+    assert room.fits
+    assert "1 to 6 workers of 4 CPU, 1 GPU" in room.text
+    assert "the run gets its 4 at once" in room.text
+    assert not Room(compute, [HEAD], []).fits
+
+
 def test_workers_that_never_come() -> None:
     compute = ComputeConfig(num_workers=8, use_gpu=True, cpus_per_worker=4)
     text = Room(compute, [HEAD], [Group("gpu", GPU_NODE, 1)]).text

@@ -93,6 +93,8 @@ def test_shares_of_a_gpu_add_up() -> None:
 def test_what_cannot_be_scheduled_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(ConfigError, match=r"a trial is 2 workers of 3 CPU; .* 5 CPU: 1; 1 // 2 = 0 trials at once"):
         capacity(CPUS, [{"CPU": 5}], None)
+    with pytest.raises(ConfigError, match="a fixed number of workers each"):
+        capacity(ComputeConfig(num_workers=(1, 2)), [{"CPU": 5}], None)
 
 
 @pytest.mark.parametrize(

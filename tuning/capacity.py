@@ -24,7 +24,12 @@ def capacity(compute: ComputeConfig, nodes: Sequence[Node], limit: int | None, p
     A worker lies on one node; the workers of a trial may lie on several. Raises ConfigError, with the arithmetic, if
     not even one trial fits.
     """
-    need, workers = worker(compute), max(1, compute.num_workers)
+    if compute.fewest_workers < compute.most_workers:
+        raise ConfigError(
+            f"compute.num_workers=[{compute.fewest_workers}, {compute.most_workers}]: the trials of a search have a "
+            "fixed number of workers each, or one would take the room of the next. Give one number"
+        )
+    need, workers = worker(compute), max(1, compute.most_workers)
     room = [holds(node, need) for node in nodes]
     fits = sum(room) // workers
     per_worker = amounts(need)

@@ -6,13 +6,15 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -79,6 +81,9 @@ class EncoderDecoder(Backbone):
             pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id, decoder_start_token_id=start
         )
         super().__init__(model, tokenizer, name=name, revision=revision)
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.model.encoder.block, *self.model.decoder.block]
 
     @property
     def start_id(self) -> int:
@@ -161,6 +166,52 @@ def load(
     Frozen weights are stored in bf16 under that precision; trained ones stay fp32 and compute under autocast.
     Raises ConfigError naming the backbone, the cause and the mend.
     """
+
+    def make(source: str, model_config: Any, origin: dict[str, str]) -> Any:
+        if config.init == "random":
+            return _random_model(model_config, config.attention, seed)
+        return _load_model(config, source, model_config, origin)
+
+    return _backbone(config, make, train=train, precision=precision)
+
+
+def shapes(
+    config: BackboneConfig, *, train: bool | Literal["layer_norms"], precision: Literal["fp32", "bf16"], seed: int
+) -> Backbone:
+    """As `load`, but for the weights, which are not read: tensors have shapes and no data (torch's FakeTensor), so that
+    a model of any size takes no memory. Its identity is that of architecture and vocabulary."""
+
+    def make(source: str, model_config: Any, origin: dict[str, str]) -> Any:
+        return _random_model(model_config, config.attention, seed)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _backbone(config, make, train=train, precision=precision)
+
+
+def lack_of_weights(config: BackboneConfig, num_bytes: int) -> str | None:
+    """Say why the weights of a model of this size cannot be loaded on this machine; None if they can, or may be."""
+    folder = Path(config.name)
+    if (
+        config.init == "pretrained"
+        and folder.is_dir()
+        and not config.gguf_file
+        and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+    ):
+        return f"there are none in {folder}"
+    free = psutil.virtual_memory().available
+    if num_bytes > free:
+        return f"they take {num_bytes / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free"
+    return None
+
+
+def _backbone(
+    config: BackboneConfig,
+    make: Callable[[str, Any, dict[str, str]], Any],
+    *,
+    train: bool | Literal["layer_norms"],
+    precision: Literal["fp32", "bf16"],
+) -> Backbone:
+    """make: (folder or hub name, the model's config, revision and the like) → the model."""
     prompted_attention.register()
     embedded = config.name == "embedded"
     source = str(EMBEDDED) if embedded else config.name
@@ -175,10 +226,7 @@ def load(
                 if hasattr(model_config, key):
                     setattr(model_config, key, config.dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, **origin)
-        if config.init == "random":
-            model = _random_model(model_config, config.attention, seed)
-        else:
-            model = _load_model(config, source, model_config, origin)
+        model = make(source, model_config, origin)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(_explain(config, error)) from error
     if len(tokenizer) > model_config.vocab_size:

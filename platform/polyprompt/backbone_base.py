@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from polyprompt.methods.base import Dims, Prompts
 from polyprompt.sampling import LogitsProcessor
@@ -56,6 +57,10 @@ class Backbone(nn.Module, ABC):
     def num_query_heads(self) -> int:
         """Heads of a self-attention layer; `dims` states those of keys and values, which may be fewer."""
         return self.model.config.num_attention_heads
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers, of all stacks in the order in which they run."""
 
     @abstractmethod
     def reserved_tokens(self, max_target_tokens: int) -> int:
@@ -148,11 +153,13 @@ def with_input_prompts(x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> tupl
 
 
 def _content_hash(keys: tuple[str, ...], model: Any, tokenizer: Any) -> str:
-    """Hash what the model computes with: architecture, vocabulary, and every weight once."""
+    """Hash what the model computes with: architecture, vocabulary, and every weight once; of shapes alone no weight."""
     config = model.config.to_dict()
     digest = hashlib.sha256(json.dumps({k: config.get(k) for k in keys}, sort_keys=True).encode())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode())
+        if isinstance(weight, FakeTensor):
+            continue
         digest.update(memoryview(weight.detach().contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()

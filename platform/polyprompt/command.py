@@ -77,11 +77,13 @@ def dry_run(config: RunConfig, out: Path | None) -> None:
     from rich.console import Console
 
     from polyprompt import plan_report, ray_train, run_folder
-    from polyprompt.plan import plan
+    from polyprompt.plan import rehearse
 
     run_folder.check(run_folder.choose(config, out), config)
-    checked = plan(config)
+    checked = rehearse(config)
     print(config.to_yaml())
     for table in plan_report.tables(checked):
         Console().print(table)
+    if checked.without_weights:
+        print(f"Weights: not looked at, but for their shapes: {checked.without_weights}")
     print(f"Workers: {ray_train.where(config)}")

@@ -201,14 +201,22 @@ class EvaluateConfig(Section):
 class ComputeConfig(Section):
     """Workers and where their bundles go."""
 
-    #: 0: train in this process, without Ray. N: N Ray Train workers.
-    num_workers: NonNegativeInt = 0
+    #: 0: train in this process, without Ray. N: N Ray Train workers. [N, M]: as many as the cluster has room for, at
+    #: least N and at most M; the run starts with fewer and goes on with more from its newest bundle.
+    num_workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
+    #: How often a run of [N, M] workers looks whether there is room for more. A change costs a restart and the steps
+    #: since the newest bundle.
+    resize_interval_seconds: PositiveFloat = 60.0
     use_gpu: bool = False
     #: Torch threads and Ray CPUs of each worker, and torch threads of an in-process run.
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: PositiveFloat = 1.0
-    #: exact: shard gradients are summed in float64, so the result does not depend on how workers share the shards;
-    #: ddp: torch's DistributedDataParallel, which overlaps communication with the backward pass.
+    #: ddp: every worker has the whole model. fsdp: each keeps a part of every parameter, gradient and moment (torch's
+    #: FSDP2), for models too large for one; see sharding.py.
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    #: Of strategy ddp; fsdp sums in fp32. exact: shard gradients are summed in float64, so the result does not depend
+    #: on how workers share the shards; ddp: torch's DistributedDataParallel, which overlaps communication with the
+    #: backward pass.
     gradient_sum: Literal["exact", "ddp"] = "exact"
     #: Folder, visible to every worker, whose <run name>/bundles holds the bundles. None: the run's output folder.
     storage_path: AbsolutePath | None = None
@@ -219,6 +227,41 @@ class ComputeConfig(Section):
     hang_timeout_seconds: PositiveFloat = 1800.0
     #: How long a bundle that cannot be written (a full disk, a folder that is away) is tried again.
     storage_timeout_seconds: NonNegativeFloat = 120.0
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers(self) -> str:
+        """For people: "2", or "1 to 4"."""
+        fewest, most = self.fewest_workers, self.most_workers
+        return str(most) if isinstance(self.num_workers, int) else f"{fewest} to {most}"
+
+    @property
+    def summing(self) -> Literal["exact", "ddp", "fsdp"]:
+        """How gradients are summed."""
+        return "fsdp" if self.strategy == "fsdp" else self.gradient_sum
+
+    @model_validator(mode="after")
+    def _elastic(self) -> "ComputeConfig":
+        if isinstance(self.num_workers, int):
+            return self
+        if self.fewest_workers >= self.most_workers:
+            raise ValueError(
+                f"compute.num_workers={list(self.num_workers)} must be [fewest, most], the first below the second. "
+                "Give one number for a fixed count"
+            )
+        if self.use_gpu and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"compute.num_workers={list(self.num_workers)} needs whole GPUs, not compute.gpus_per_worker="
+                f"{self.gpus_per_worker:g}: Ray Train does not count parts of GPUs there. Give one number of workers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _storage_is_no_hang(self) -> "ComputeConfig":
@@ -314,11 +357,13 @@ class RunConfig(Section):
             )
         if self.method.name == "full" and self.backbone.trainable is False:
             raise ValueError("method.name=full trains the backbone, but backbone.trainable=false; drop one of the two")
-        if self.compute.num_workers > self.train.num_shards:
+        if self.compute.most_workers > self.train.num_shards:
             raise ValueError(
-                f"compute.num_workers={self.compute.num_workers} must be at most train.num_shards="
+                f"compute.num_workers={self.compute.most_workers} must be at most train.num_shards="
                 f"{self.train.num_shards}: a worker without a shard would idle. Raise train.num_shards"
             )
+        if self.compute.strategy == "fsdp":
+            self._check_fsdp()
         if self.compute.gradient_sum == "ddp" and self.compute.num_workers == 0:
             raise ValueError("compute.gradient_sum=ddp needs compute.num_workers >= 1; use exact in-process")
         if self.evaluate.early_stopping_patience is not None and self.evaluate.steps is None:
@@ -326,6 +371,39 @@ class RunConfig(Section):
                 "evaluate.early_stopping_patience needs evaluate.steps: without it only the last step is scored"
             )
         return self
+
+    def _check_fsdp(self) -> None:
+        """Every forward pass of FSDP is one of all workers, so all must have equally many in a step."""
+        train, compute = self.train, self.compute
+        if compute.num_workers == 0:
+            raise ValueError("compute.strategy=fsdp needs compute.num_workers >= 1; use ddp in-process")
+        if train.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"compute.strategy=fsdp needs train.gradient_accumulation_steps=1, not "
+                f"{train.gradient_accumulation_steps}: a short shard has fewer micro-batches. Raise train.num_shards "
+                f"from {train.num_shards} to {train.num_shards * train.gradient_accumulation_steps} instead: a worker "
+                "computes its shards one after another"
+            )
+        uneven = [n for n in range(compute.fewest_workers, compute.most_workers + 1) if train.num_shards % n]
+        if uneven:
+            raise ValueError(
+                f"compute.strategy=fsdp: compute.num_workers={uneven[0]} must divide train.num_shards="
+                f"{train.num_shards}, so that all workers have equally many shards. Change one of the two"
+            )
+        if compute.use_gpu and compute.gpus_per_worker % 1:
+            raise ValueError(
+                f"compute.strategy=fsdp needs whole GPUs, not compute.gpus_per_worker={compute.gpus_per_worker:g}: NCCL "
+                "refuses two workers on one. Use compute.strategy=ddp"
+            )
+        if train.optimizer == "adafactor":
+            raise ValueError(
+                "compute.strategy=fsdp needs train.optimizer=adamw: Adafactor's moments of rows and columns are those "
+                "of whole parameters. Use adamw, or compute.strategy=ddp"
+            )
+        if self.init is not None:
+            raise ValueError(
+                "compute.strategy=fsdp cannot train parts of parameters, which init.from does. Use compute.strategy=ddp"
+            )
 
     @property
     def task_names(self) -> list[str]:

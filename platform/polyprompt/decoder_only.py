@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
 from polyprompt import adapted
@@ -107,14 +107,16 @@ class DecoderOnly(Backbone):
             tokenizer.pad_token = tokenizer.eos_token
         self.end_id = _input_end(tokenizer, name, INPUT_END if input_end is None else input_end)
         self.begin_id = _begin(tokenizer)
-        blocks = model.transformer.h if model.config.model_type == "gpt2" else model.model.layers
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(self.blocks()):
             attention = block.attn if model.config.model_type == "gpt2" else block.self_attn
             attention.prompt_spot = ("decoder", layer)
             adapted.tag("decoder", layer, attention, block.mlp)
         model.generation_config = GenerationConfig(
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
         )
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.transformer.h if self.model.config.model_type == "gpt2" else self.model.model.layers)
 
     @property
     def max_input_tokens(self) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from polyprompt import sharding
 from polyprompt.batches import GlobalBatch
 from polyprompt.collation import Batch
 from polyprompt.model import Loss
@@ -29,7 +30,9 @@ def find(
             loss, objective = forward(micro)
             objective.backward()
             rows, what = (~(loss.nll_B + loss.penalty_B).isfinite()).nonzero().flatten().tolist(), "loss"
-            if not rows and not all(p.grad is None or bool(p.grad.isfinite().all()) for p in parameters):
+            # Asked for in any case: of fsdp every worker must come to the sum, which is over all their micro-batches.
+            wrong = sum(sharding.number((~p.grad.isfinite()).sum()) for p in parameters if p.grad is not None)
+            if not rows and wrong:
                 rows, what = list(range(len(examples))), "gradient"
             by_task: dict[str, list[int]] = {}
             for row in rows:

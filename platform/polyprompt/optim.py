@@ -9,6 +9,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor, get_scheduler
 
+from polyprompt import sharding
 from polyprompt.config import TrainConfig
 from polyprompt.method_configs import ParameterGroup
 
@@ -70,7 +71,7 @@ class Optim:
         """Clip, step the optimizer and the schedule; return the gradient's norm before clipping (fp32, may be inf)."""
         limit = self.config.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf"))
-        value = float(norm)
+        value = sharding.number(norm)
         if value < float("inf"):  # NaN compares false too: the weights stay as they are
             self.optimizer.step()
             self.schedule.step()
@@ -87,7 +88,8 @@ class Optim:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take moments and step count from a bundle; rates, betas and decays stay those of this config."""
         own = [{key: value for key, value in t.items() if key != "params"} for t in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        in_order = (p for table in self.optimizer.param_groups for p in table["params"])
+        self.optimizer.load_state_dict(sharding.cut(state["optimizer"], in_order))
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         factors = [factor(self.schedule.last_epoch) for factor in self.schedule.lr_lambdas]
         for at, (table, settings, factor) in enumerate(zip(self.optimizer.param_groups, own, factors, strict=True)):
@@ -101,4 +103,4 @@ class Optim:
 @torch.no_grad()
 def _size(parameter: nn.Parameter) -> float:
     """Root mean square."""
-    return float(parameter.square().mean().sqrt())
+    return float(sharding.gather(parameter.detach(), keep=True).square().mean().sqrt())

@@ -29,13 +29,13 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        """Is there room for all workers on the machines that are there, were they idle?"""
-        return self._on_nodes >= self.compute.num_workers
+        """Is there room for all workers, or the fewest, on the machines that are there, were they idle?"""
+        return self._on_nodes >= self.compute.fewest_workers
 
     @property
     def text(self) -> str:
-        need, workers = worker(self.compute), self.compute.num_workers
-        asked = f"{workers} worker{'s' if workers > 1 else ''} of {amounts(need)}"
+        need, workers, most = worker(self.compute), self.compute.fewest_workers, self.compute.most_workers
+        asked = f"{self.compute.workers} worker{'s' if most > 1 else ''} of {amounts(need)}"
         there = "; ".join(f"{amounts(only(node, need))}: {holds(node, need)}" for node in self.nodes)
         lines = [f"{asked}. Machines and how many each holds: {there}"]
         for group in self.groups:
@@ -44,7 +44,7 @@ class Room:
             if group.num_nodes and holds(group.resources, need):
                 lines.append(f"the autoscaler has {count} of {group.name!r}, {each}")
         if self.fits:
-            lines.append(f"the run gets its {workers} at once where these are idle")
+            lines.append(f"the run gets its {min(self._on_nodes, most)} at once where these are idle")
         elif self.groups and self._in_all < workers:
             lines.append(
                 f"it never gets them: there are places for {self._in_all:g}. Lower compute.num_workers, "

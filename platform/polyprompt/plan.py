@@ -4,10 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from polyprompt import backbone as backbones
-from polyprompt import checkpoint, fingerprint, folding, later_tasks, methods, source_prompts, starts
+from polyprompt import checkpoint, fingerprint, folding, later_tasks, memory, methods, source_prompts, starts
 from polyprompt.backbone_base import Backbone
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
@@ -15,6 +13,7 @@ from polyprompt.config import RunConfig
 from polyprompt.costs import inference_flops, median_lengths
 from polyprompt.data import AnyData, majority, prepare
 from polyprompt.errors import BundleError, ConfigError
+from polyprompt.memory import Memory
 from polyprompt.methods.base import Method
 from polyprompt.mixture import Mixture, rates
 from polyprompt.model import PromptedModel, check_window, input_limit
@@ -27,8 +26,8 @@ Load = Callable[..., Backbone]
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. backbone: its identity. inference_flops: of one row of median length. memory_bytes: estimated,
-    one worker's, by part. shares: of the mixture."""
+    """A checked run. backbone: its identity. inference_flops: of one row of median length. memory: of one worker, where
+    it was asked for. shares: of the mixture."""
 
     backbone: Mapping[str, Any]
     data: Sequence[AnyData]
@@ -36,7 +35,9 @@ class Plan:
     num_method_parameters: int
     num_backbone_parameters: int
     inference_flops: int
-    memory_bytes: Mapping[str, int]
+    memory: Memory | None
+    #: Why only the shapes of the weights were there; None: the weights were.
+    without_weights: str | None
     shares: Mapping[str, float]
     majority: Mapping[str, Mapping[str, float]]
 
@@ -149,9 +150,48 @@ def model_of(
     return model
 
 
-def plan(config: RunConfig, bundle: Bundle | None = None, load: Load | None = None) -> Plan:
-    """Check everything that can be checked without training. bundle, load, errors: as of `build`."""
-    model, data = build(config, bundle, load)
+def plan(
+    config: RunConfig, bundle: Bundle | None = None, load: Load | None = None, *, with_memory: bool = False
+) -> Plan:
+    """Check everything that can be checked without training. bundle, load, errors: as of `build`.
+
+    with_memory: find out what a worker needs, too, which takes seconds.
+    """
+    return _plan(config, *build(config, bundle, load), with_memory=with_memory)
+
+
+def rehearse(config: RunConfig) -> Plan:
+    """As `plan`, with memory, for a machine that may lack the weights or the room for them: then their shapes do.
+
+    Raises ConfigError where the weights are lacking and the method starts from them or from what fits them alone.
+    """
+    shapes = backbones.shapes(
+        config.backbone, train=config.train_backbone, precision=config.train.precision, seed=config.train.seed
+    )
+    # They are read in fp32, and held in that.
+    lack = backbones.lack_of_weights(config.backbone, sum(4 * weight.numel() for weight in shapes.parameters()))
+    if lack is None:
+        return plan(config, with_memory=True)
+    of_bundles = config.init, getattr(config.method, "sources", None), getattr(config.method, "init_file", None)
+    if any(of_bundles):
+        raise ConfigError(
+            f"backbone.name={config.backbone.name}: its weights cannot be loaded here: {lack}. This run starts from "
+            "bundles that fit them alone (init.from, method.sources or method.init=file): check it on a machine with "
+            "the weights"
+        )
+    with next(shapes.parameters()).fake_mode:
+        model, data = build(config, load=lambda *args, **keys: shapes)
+    return _plan(config, model, data, with_memory=True, without_weights=lack)
+
+
+def _plan(
+    config: RunConfig,
+    model: PromptedModel,
+    data: Sequence[AnyData],
+    *,
+    with_memory: bool,
+    without_weights: str | None = None,
+) -> Plan:
     counts = model.num_parameters()
     sizes = [len(task.train) for task in data]
     mixture = Mixture(rates(config.mixture, sizes, task_weights(config, data)), sizes, config.train.seed)
@@ -163,53 +203,8 @@ def plan(config: RunConfig, bundle: Bundle | None = None, load: Load | None = No
         num_method_parameters=counts.method,
         num_backbone_parameters=counts.backbone,
         inference_flops=inference_flops(model, *median_lengths(data)),
-        memory_bytes=memory(config, model, data),
+        memory=memory.estimate(config, model, data) if with_memory else None,
+        without_weights=without_weights,
         shares=dict(zip(names, mixture.realised_shares(), strict=True)),
         majority={task.task.name: majority(task) for task in data},
     )
-
-
-def memory(config: RunConfig, model: PromptedModel, data: Sequence[AnyData]) -> dict[str, int]:
-    """Estimate the bytes one worker needs while training, by part.
-
-    Activations: 34·tokens·H + 5·N·tokens² bytes a layer in half precision (Korthikanti et al. 2022, "Reducing
-    activation recomputation in large transformer models", eq. 2), twice that in fp32, for the longest micro-batch that
-    the data allow; with gradient checkpointing 2·tokens·H a layer and one whole layer. A coarse upper bound: real
-    batches are shorter than the longest row.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    elements = sum(p.numel() for p in trained)
-    moments = elements * 8 if config.train.optimizer == "adamw" else sum(_adafactor_bytes(p) for p in trained)
-    rows = -(-config.train.batch_size // config.train.num_shards)
-    rows = -(-rows // config.train.gradient_accumulation_steps)
-    length = max(task.train.longest[0] for task in data) + model.method.input_length
-    dims = model.backbone.dims(len(data))
-    targets = max(task.train.longest[1] for task in data)
-    half = 0
-    for stack, tokens in (
-        (dims.encoder, length),
-        # A decoder-only model has input and target in one sequence.
-        (dims.decoder, targets if dims.encoder is not None else length + targets),
-    ):
-        if stack is not None:
-            layer = 34 * tokens * dims.hidden + 5 * model.backbone.num_query_heads * tokens**2
-            kept = 2 * tokens * dims.hidden
-            layers = stack.num_layers
-            half += rows * (kept * layers + layer if config.backbone.gradient_checkpointing else layer * layers)
-    return {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": moments,
-        "gradient sum": elements * 8 if config.compute.gradient_sum == "exact" else 0,
-        "activations": half * (1 if config.train.precision == "bf16" else 2),
-    }
-
-
-def _adafactor_bytes(parameter: torch.Tensor) -> int:
-    """Factored second moments: one row and one column (Shazeer & Stern 2018, section 3)."""
-    if parameter.ndim < 2:
-        return parameter.numel() * 4
-    *lead, rows, columns = parameter.shape
-    return int(torch.Size(lead).numel()) * (rows + columns) * 4

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from polyprompt.memory import Memory
 from polyprompt.plan import Plan
 
 
@@ -11,7 +12,8 @@ def tables(plan: Plan) -> Iterator[Table]:
     """Yield the tables of a checked run: its tasks, its parameters, and one worker's memory."""
     yield _tasks(plan)
     yield _parameters(plan)
-    yield _memory(plan)
+    if plan.memory is not None:
+        yield _memory(plan.memory)
 
 
 def _tasks(plan: Plan) -> Table:
@@ -40,12 +42,12 @@ def _parameters(plan: Plan) -> Table:
     return shown
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(memory: Memory) -> Table:
     shown = Table(title="Memory of one worker, estimated")
     shown.add_column("Part", no_wrap=True)
-    shown.add_column("GiB", justify="right", no_wrap=True)
-    for part, size in plan.memory_bytes.items():
+    shown.add_column("GiB at most", justify="right", no_wrap=True)
+    for part, size in memory.parts.items():
         shown.add_row(part, f"{size / 2**30:.3f}")
     shown.add_section()
-    shown.add_row("all", f"{sum(plan.memory_bytes.values()) / 2**30:.3f}", style="bold")
+    shown.add_row("at once", f"{memory.at_once / 2**30:.3f}", style="bold")
     return shown

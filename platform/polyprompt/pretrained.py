@@ -30,7 +30,7 @@ def export(config: RunConfig, result: RunResult, folder: Path) -> Path:
     The card states each text's loss before and after training; so the starting model is evaluated here.
     """
     model, data = build(config)
-    before = evaluate(model, data, config, Workers(config.train.num_shards, config.compute.gradient_sum))
+    before = evaluate(model, data, config, Workers(config.train.num_shards, config.compute.summing))
     model.load_trained_state(dict(checkpoint.read(Path(result.last_bundle)).tensors))
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)

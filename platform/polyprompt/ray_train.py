@@ -125,7 +125,7 @@ def _run(
     flags: dict[str, str] = {}
     try:
         job = Job(config=config, folder=place.folder, handle=handle, commit=commit, stop=stop)
-        where = f"{config.compute.num_workers} Ray workers" if config.compute.num_workers else "this process"
+        where = f"{config.compute.workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
         with progress.show(place, config.train.max_steps), on_sigterm(place.folder) as listen:
             outcome = _train_with_ray(job, say, listen) if config.compute.num_workers else _train_here(job, seat)
@@ -164,13 +164,13 @@ def _train_with_ray(job: Job, say: Callable[[str], None], listen: Callable[[], N
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray
 
-    with cluster(compute.num_workers * compute.cpus_per_worker):
+    with cluster(compute.most_workers * compute.cpus_per_worker):
         listen()
-        gpus = compute.num_workers * compute.gpus_per_worker
+        gpus = compute.fewest_workers * compute.gpus_per_worker
         if compute.use_gpu and not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < gpus:
             raise ConfigError(
-                f"compute.num_workers={compute.num_workers} workers of {compute.gpus_per_worker:g} GPUs need {gpus:g}, "
-                f"this machine has {ray.cluster_resources().get('GPU', 0):g}. Lower compute.num_workers or "
+                f"compute.num_workers={compute.fewest_workers} workers of {compute.gpus_per_worker:g} GPUs need "
+                f"{gpus:g}, this machine has {ray.cluster_resources().get('GPU', 0):g}. Lower compute.num_workers or "
                 "compute.gpus_per_worker, set compute.use_gpu=false, or set RAY_ADDRESS to a cluster"
             )
         room = placement.Room(compute, machines(), growth())
@@ -225,6 +225,7 @@ def _start_workers(job: Job) -> object:
             torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(2 * compute.hang_timeout_seconds) + 60),
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
+                elastic_resize_monitor_interval_s=compute.resize_interval_seconds,
                 use_gpu=compute.use_gpu,
                 resources_per_worker=placement.worker(compute),
             ),
@@ -363,7 +364,7 @@ def where(config: RunConfig) -> str:
         return "none, it trains in this process"
     if not os.environ.get("RAY_ADDRESS"):
         # The Ray that a run starts on this machine has as many CPUs as are asked for.
-        cpus = max(os.cpu_count() or 1, config.compute.num_workers * config.compute.cpus_per_worker)
+        cpus = max(os.cpu_count() or 1, config.compute.most_workers * config.compute.cpus_per_worker)
         here = {"CPU": float(cpus), "GPU": float(torch.cuda.device_count())}
         return placement.Room(config.compute, [here], ()).text
     with cluster(0):

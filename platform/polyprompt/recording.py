@@ -69,7 +69,7 @@ def result_of(
         num_method_parameters=checked.num_method_parameters,
         num_backbone_parameters=checked.num_backbone_parameters,
         num_steps=state.step,
-        num_workers=config.compute.num_workers,
+        num_workers=outcome.num_workers,
         train_seconds=state.train_seconds,
         examples_per_second=rows / state.train_seconds,
         tokens_per_second=state.input_tokens / state.train_seconds,

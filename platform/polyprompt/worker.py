@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from polyprompt import checkpoint, fingerprint, retry
+from polyprompt import checkpoint, fingerprint, retry, sharding
 from polyprompt.batches import Batches
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData
 from polyprompt.errors import ConfigError, PolypromptError, StoppedError, StorageError
 from polyprompt.evaluate import evaluate
-from polyprompt.loop import TrainState, fit
+from polyprompt.loop import Scores, TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.pack import Seat
@@ -70,6 +71,8 @@ class Outcome:
     state: TrainState
     peak_memory_bytes: int
     last_bundle: Path
+    #: Ray workers at the end; 0: this process alone, without Ray.
+    num_workers: int
 
 
 class RunReporter:
@@ -101,11 +104,12 @@ class RunReporter:
     def save(self, state: TrainState, model: PromptedModel, optim: Optim) -> None:
         folder = self.job.bundles / checkpoint.folder_name(state.step)
         fault = None
+        whole = sharding.gather((model.trained_state(), optim.state_dict()), keep=self.workers.first)
         if self.workers.first:
             patience = self.job.config.compute.storage_timeout_seconds
             try:
                 retry.until_written(
-                    lambda: self._write(state, model, optim), f"bundle {folder.name}", self.job.folder, patience
+                    lambda: self._write(state, model, *whole), f"bundle {folder.name}", self.job.folder, patience
                 )
             except StorageError as error:
                 fault = StorageError(
@@ -122,7 +126,9 @@ class RunReporter:
             raise StoppedError(f"SIGTERM ended the run at step {state.step}; the same command goes on from {folder}")
         self._obey()
 
-    def _write(self, state: TrainState, model: PromptedModel, optim: Optim) -> None:
+    def _write(
+        self, state: TrainState, model: PromptedModel, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Any]
+    ) -> None:
         if not self._folder_is_there():
             # Made anew, it would lie below the mount that is away.
             raise FileNotFoundError(errno.ENOENT, "the run's folder is gone", str(self.job.folder))
@@ -131,8 +137,8 @@ class RunReporter:
         checkpoint.write(
             self.job.bundles,
             step=state.step,
-            tensors=model.trained_state(),
-            optimizer=optim.state_dict(),
+            tensors=tensors,
+            optimizer=optimizer,
             state={"train": state.to_json(), "pending": self.tracker.pending(), **kept},
             config=self.job.config,
             backbone=self.backbone,
@@ -161,7 +167,7 @@ class RunReporter:
 def check_folder(job: Job) -> None:
     """Raise ConfigError on all processes, naming the machines, if one of them does not see the run's folder."""
     blind = None if (job.folder / RUN).is_file() else socket.gethostname()
-    workers = Workers(job.config.train.num_shards, job.config.compute.gradient_sum)
+    workers = Workers(job.config.train.num_shards, job.config.compute.summing)
     if machines := sorted({name for name in workers.gather(blind) if name is not None}):
         raise ConfigError(
             f"run folder {job.folder} is not there on {', '.join(machines)}, where the run has workers; bundles need "
@@ -177,7 +183,7 @@ def train(job: Job, device: torch.device, announce: Announce, seat: Seat | None 
     """
     config = job.config
     torch.set_num_threads(config.compute.cpus_per_worker)
-    workers = Workers(config.train.num_shards, config.compute.gradient_sum, (job.folder / STOP).exists)
+    workers = Workers(config.train.num_shards, config.compute.summing, (job.folder / STOP).exists)
     with _log(job, workers, seat):
         return _train(job, device, workers, announce, seat)
 
@@ -187,7 +193,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
     # A fault of one process (its disk, its cache) must end them all, or the others would wait for it for ever.
     start, error = None, None
     try:
-        start = _start(job, device, seat)
+        start = _start(job, device, workers, seat)
     except PolypromptError as found:
         error = found
     for fault in workers.gather(error):
@@ -206,7 +212,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
             tasks=[task.task.name for task in data],
             config=config,
             workers=workers,
-            evaluate=lambda: evaluate(model, data, config, workers),
+            evaluate=lambda: _evaluate(model, data, config, workers),
             reporter=RunReporter(job, workers, tracker, identity, announce),
             state=state,
             together=seat,
@@ -215,21 +221,30 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
         state=state,
         peak_memory_bytes=max(workers.gather(_peak_memory())),
         last_bundle=job.bundles / checkpoint.folder_name(state.step),
+        num_workers=workers.num if config.compute.num_workers else 0,
     )
 
 
-def _start(job: Job, device: torch.device, seat: Seat | None) -> Start:
+def _start(job: Job, device: torch.device, workers: Workers, seat: Seat | None) -> Start:
     """Build everything and put it where the newest whole bundle says."""
     bundle = checkpoint.newest(job.bundles)
     model, data = build(job.config, bundle, seat.pack.load if seat else None)
     identity = model.backbone.identity()  # of the weights before any training
-    model.to(device)
+    if job.config.compute.strategy == "fsdp":
+        sharding.shard(model, job.config.train.precision, device, workers.num)
+    else:
+        model.to(device)
     optim = Optim(job.config.train, model.named_groups(), model.undecayed())
     if bundle is None:
         return model, data, optim, identity, TrainState(), []
     optim.load_state_dict(bundle.optimizer())
     state = TrainState.from_json(bundle.state["train"])
     return model, data, optim, identity, state, bundle.state["pending"]
+
+
+def _evaluate(model: PromptedModel, data: Sequence[AnyData], config: RunConfig, workers: Workers) -> Scores:
+    with sharding.whole(model):  # workers have different numbers of batches, and answers of different lengths
+        return evaluate(model, data, config, workers)
 
 
 def _end_of_a_hang(job: Job, said: str) -> None:

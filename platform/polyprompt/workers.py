@@ -7,6 +7,8 @@ is rounded to fp32 once. A sum of a few fp32 numbers is exact in float64 (29 spa
 the result does not depend on which process computed which shard, and runs on 1, 2, 3, … processes stay equal, not
 merely close. Costs: 8 bytes a trained parameter, and no overlap of communication with the backward pass.
 `ddp`: torch's DistributedDataParallel. It overlaps, and its rounding depends on the number of processes.
+`fsdp`: torch's FSDP2, which has cut up the model (sharding.py) and sums behind each layer. A forward or backward pass
+ends only when all processes do it, so all have equally many.
 """
 
 import os
@@ -30,7 +32,7 @@ class Workers:
     def __init__(
         self,
         num_shards: int,
-        gradient_sum: Literal["exact", "ddp"],
+        summing: Literal["exact", "ddp", "fsdp"],
         wants_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """wants_to_stop: asked of this process at each step; see `stop`."""
@@ -40,7 +42,8 @@ class Workers:
         self.first = rank == 0
         self.shards: Sequence[int] = range(rank, num_shards, self.num)
         self.rank = rank
-        self._exact = gradient_sum == "exact"
+        self._summing = summing
+        self._exact = summing == "exact"
         self._parameters: list[nn.Parameter] = []
         self._wants_to_stop = wants_to_stop
         self._watch: Watch | None = None
@@ -55,6 +58,8 @@ class Workers:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         device = self._parameters[0].device
         self._totals = torch.zeros(num_totals + 1, dtype=torch.float64, device=device)
+        if self._summing == "fsdp":
+            return model
         if not self._exact:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.num > 1:
@@ -67,7 +72,7 @@ class Workers:
 
     @property
     def loss_scale(self) -> float:
-        """Factor of the loss: DDP averages over processes where the global batch wants the sum."""
+        """Factor of the loss: DDP and FSDP average over processes where the global batch wants the sum."""
         return 1.0 if self._exact else float(self.num)
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -1,0 +1,178 @@
+"""What a worker needs in memory, against what torch's allocator counts in a real step on real tensors."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from polyprompt import backbone as loading
+from polyprompt import memory, methods
+from polyprompt.batches import GlobalBatch, Shard
+from polyprompt.collation import Batch
+from polyprompt.config import RunConfig
+from polyprompt.errors import ConfigError
+from polyprompt.loop import _gradients
+from polyprompt.model import PromptedModel
+from polyprompt.optim import Optim
+from polyprompt.plan import plan, rehearse
+from polyprompt.recipe import check
+from polyprompt.router_health import num_columns
+from polyprompt.workers import Workers
+
+LENGTH, TARGETS, ROWS, TASKS = 96, 24, 8, 3
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of some MiB, so that it matters what is kept of weights and of activations."""
+    size: dict[str, Any] = {"vocab_size": 512, "num_layers": 3, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4}
+    t5 = transformers.T5Config(**size, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    llama = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, attention_dropout=0.1,
+    )  # fmt: skip
+    folders = {}
+    for name, model_class, config in (
+        ("t5", transformers.T5ForConditionalGeneration, t5),
+        ("llama", transformers.LlamaForCausalLM, llama),
+    ):
+        folders[name] = tmp_path_factory.mktemp("memory") / name
+        model_class(config).save_pretrained(folders[name])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.folder(name))
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def allocations(tree: Any) -> Iterator[tuple[int, int]]:
+    for event in tree:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from allocations(event.children)
+
+
+def measured(config: RunConfig, model: PromptedModel) -> int:
+    """Take a step, then count the second: moments are there then."""
+    workers = Workers(config.train.num_shards, config.compute.gradient_sum)
+    optim = Optim(config.train, model.named_groups(), model.undecayed())
+    rows = -(-config.train.batch_size // config.train.num_shards // config.train.gradient_accumulation_steps)
+    micro = Batch(
+        torch.randint(3, 60, (rows, LENGTH)), torch.ones(rows, LENGTH, dtype=torch.long),
+        torch.randint(3, 60, (rows, TARGETS)), torch.arange(rows) % TASKS,
+    )  # fmt: skip
+    passes = (micro,) * config.train.gradient_accumulation_steps
+    shards = tuple(Shard(i, i, passes, ()) for i in range(config.train.num_shards))
+    batch = GlobalBatch(1, shards, {}, config.train.batch_size, 1, config.train.batch_size * TARGETS, "")
+    module = workers.start(model, num_totals=TASKS * (3 + num_columns(model.method.num_routes)))
+    model.train()
+    _gradients(module, batch, TASKS, config, workers)
+    optim.step()
+    state = [t for kept in optim.optimizer.state.values() for t in kept.values() if isinstance(t, torch.Tensor)]
+    standing = sum(t.nbytes for t in [*model.parameters(), *state]) + workers._buffer.nbytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        _gradients(module, batch, TASKS, config, workers)
+        optim.step()
+    live, most = 0, 0
+    for _, size in sorted(allocations(seen.profiler.kineto_results.experimental_event_tree())):
+        live += size
+        most = max(most, live)
+    return standing + most
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "hyperprompt": {"name": "hyperprompt", "encoder_length": 5, "decoder_length": 3, "reduction": 8},
+    "hyperprompt_decoder": {"name": "hyperprompt", "stacks": "decoder", "decoder_length": 3, "reduction": 8},
+    "smop": {"name": "smop", "length": 5},
+    "full": {"name": "full"},
+}
+
+
+def _case(
+    backbone: str, method: str, trainable: bool, precision: str, checkpointing: bool = False, **train: Any
+) -> Any:
+    name = "-".join([backbone, method, "trained" if trainable else "frozen", precision, *map(str, train.values())])
+    return pytest.param(
+        backbone, method, trainable, {"precision": precision, **train}, checkpointing,
+        id=name + "-checkpointing" * checkpointing,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method", "trainable", "train", "checkpointing"),
+    [
+        _case("t5", "hyperprompt", True, "fp32"),
+        _case("t5", "hyperprompt", True, "bf16"),
+        _case("t5", "hyperprompt", False, "fp32"),
+        _case("t5", "hyperprompt", False, "bf16"),
+        _case("t5", "hyperprompt", True, "fp32", True),
+        _case("t5", "smop", False, "bf16"),
+        _case("t5", "smop", False, "fp32", True),
+        _case("t5", "smop", True, "fp32", gradient_accumulation_steps=2),
+        _case("t5", "full", True, "fp32", optimizer="adafactor"),
+        _case("llama", "hyperprompt_decoder", True, "fp32"),
+        _case("llama", "smop", False, "bf16"),
+        _case("llama", "smop", False, "fp32", True),
+    ],
+)
+def test_memory_is_within_15_percent_of_what_a_step_takes(
+    backbones: dict[str, Path],
+    backbone: str,
+    method: str,
+    trainable: bool,
+    train: dict[str, Any],
+    checkpointing: bool,
+) -> None:
+    passes = train.get("gradient_accumulation_steps", 1)
+    config = check(
+        {
+            "backbone": {
+                "name": str(backbones[backbone]),
+                "trainable": trainable,
+                "gradient_checkpointing": checkpointing,
+            },
+            "method": METHODS[method],
+            "tasks": ["embedded/nli"],
+            "train": {"batch_size": 2 * ROWS * passes, "num_shards": 2, **train},
+        }
+    )
+    loaded = loading.load(config.backbone, train=trainable, precision=config.train.precision, seed=0)
+    model = PromptedModel(loaded, methods.build(config.method, loaded.dims(TASKS), seed=0))
+    longest = SimpleNamespace(train=SimpleNamespace(longest=(LENGTH, TARGETS)))
+    planned = memory.estimate(config, model, [longest] * TASKS)  # type: ignore[list-item]
+    found = measured(config, model)
+    assert planned.at_once == pytest.approx(found, rel=0.15)
+
+
+def test_a_backbone_without_weights_is_planned_by_its_shapes(
+    small_run: dict[str, Any], backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    """On eight workers a shard is an eighth; what is whole for a while is a part of the model."""
+    bare = tmp_path / "bare"
+    shutil.copytree(backbones["t5"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    table = {**small_run, "backbone": {"name": str(bare)}, "train": {**small_run["train"], "num_shards": 8}}
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        plan(check(table))
+    with_weights = rehearse(check({**table, "backbone": {"name": str(backbones["t5"])}}))
+    ddp, fsdp = (
+        rehearse(check({**table, "compute": {"num_workers": 8, "strategy": strategy, "gradient_sum": "ddp"}}))
+        for strategy in ("ddp", "fsdp")
+    )
+    assert with_weights.without_weights is None
+    assert ddp.without_weights == f"there are none in {bare}"
+    assert ddp.memory is not None
+    assert fsdp.memory is not None
+    assert with_weights.memory is not None
+    for part in ("weights", "gradients", "optimizer", "activations"):
+        assert with_weights.memory.parts[part] == ddp.memory.parts[part]
+    for part in ("weights", "gradients", "optimizer"):
+        assert fsdp.memory.parts[part] == pytest.approx(ddp.memory.parts[part] / 8, rel=0.1)
+    assert fsdp.memory.at_once < ddp.memory.at_once
+    sources = {**table, "method": {"name": "smop", "init": "file", "init_file": str(tmp_path / "prompts.safetensors")}}
+    with pytest.raises(ConfigError, match="check it on a machine with the weights"):
+        rehearse(check(sources))
