@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_memory
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from polyprompt import checkpoint
+from polyprompt import checkpoint, memory
 from polyprompt.config import RunConfig
 from polyprompt.recipe import check
 from polyprompt.worker import Job, Outcome, train
@@ -22,19 +23,38 @@ def alone(config: RunConfig, folder: Path) -> Outcome:
     return train(Job(config, folder, handle=None), torch.device("cpu"), lambda metrics, bundle: None)
 
 
-def _process(rank: int, port: int, runs: list[tuple[RunConfig, Path]]) -> None:
+def _process(rank: int, port: int, runs: list[tuple[RunConfig, Path]], counted: list[tuple[RunConfig, Path]]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for config, folder in runs:
         alone(config, folder)
+    for config, file in counted:
+        found = test_memory.measured(config, test_memory.built(config))
+        if rank == 0:
+            file.write_text(str(found))
     dist.destroy_process_group()
 
 
-def in_two(*runs: tuple[RunConfig, Path]) -> None:
+def in_two(runs: list[tuple[RunConfig, Path]], counted: list[tuple[RunConfig, Path]]) -> None:
+    """Run two processes that train, and count the memory of a step, which the first leaves in a file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (port, list(runs)), nprocs=2)
+    multiprocessing.spawn(_process, (port, runs, counted), nprocs=2)
+
+
+def memory_tables(root: Path) -> list[tuple[RunConfig, Path]]:
+    backbone = test_memory.made(root)["t5"]
+    table: dict[str, Any] = {
+        "tasks": ["embedded/nli"],
+        "train": {"batch_size": 4 * test_memory.ROWS, "num_shards": 4},
+        "compute": {"num_workers": 2, "strategy": "fsdp"},
+    }
+    trained = {"backbone": str(backbone), "method": test_memory.METHODS["hyperprompt"]}
+    frozen = {"backbone": str(backbone), "method": test_memory.METHODS["smop"]}
+    half = {**table, "train": {**table["train"], "precision": "bf16"}}
+    configs = {"trained": {**table, **trained}, "trained_half": {**half, **trained}, "frozen_half": {**half, **frozen}}
+    return [(check(config), root / f"{name}.bytes") for name, config in configs.items()]
 
 
 def copied(run: Path, step: int, to: Path) -> Path:
@@ -74,7 +94,11 @@ def test_bundles_are_those_of_any_strategy_and_number_of_workers(small_run: dict
         alone(check(table), tmp_path / name)
     runs = {name: (check({**table, "compute": fsdp}), tmp_path / f"{name}_fsdp") for name, table in tables.items()}
     copied(tmp_path / "trained", 2, tmp_path / "trained_fsdp")
-    in_two(*runs.values())
+    counted = memory_tables(tmp_path)
+    in_two(list(runs.values()), counted)
+    for config, file in counted:
+        planned = memory.estimate(config, test_memory.built(config), test_memory.DATA)
+        assert planned.at_once == pytest.approx(int(file.read_text()), rel=0.15), (file, planned)
     same(tmp_path / "trained_fsdp", tmp_path / "trained", 1e-4)
     same(tmp_path / "lora_fsdp", tmp_path / "lora", 1e-4)
     same(tmp_path / "frozen_fsdp", tmp_path / "frozen", 1e-2)

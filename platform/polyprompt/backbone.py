@@ -13,7 +13,7 @@ from typing import Any, Literal
 import psutil
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
@@ -82,7 +82,7 @@ class EncoderDecoder(Backbone):
         )
         super().__init__(model, tokenizer, name=name, revision=revision)
 
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[Any]:
         return [*self.model.encoder.block, *self.model.decoder.block]
 
     @property
@@ -150,6 +150,7 @@ class EncoderDecoder(Backbone):
             do_sample=False,
             use_cache=use_cache,
             logits_processor=LogitsProcessorList(processors),
+            synced_gpus=False,  # each worker has the whole model here, and its own number of answers
         )
         return ids_BS[:, 1:]
 

@@ -59,7 +59,7 @@ class Backbone(nn.Module, ABC):
         return self.model.config.num_attention_heads
 
     @abstractmethod
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[Any]:
         """Return the layers, of all stacks in the order in which they run."""
 
     @abstractmethod

@@ -392,8 +392,8 @@ class RunConfig(Section):
             )
         if compute.use_gpu and compute.gpus_per_worker % 1:
             raise ValueError(
-                f"compute.strategy=fsdp needs whole GPUs, not compute.gpus_per_worker={compute.gpus_per_worker:g}: NCCL "
-                "refuses two workers on one. Use compute.strategy=ddp"
+                f"compute.strategy=fsdp needs whole GPUs, not compute.gpus_per_worker={compute.gpus_per_worker:g}: "
+                "NCCL refuses two workers on one. Use compute.strategy=ddp"
             )
         if train.optimizer == "adafactor":
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from polyprompt import adapted
@@ -115,7 +115,7 @@ class DecoderOnly(Backbone):
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
         )
 
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[Any]:
         return list(self.model.transformer.h if self.model.config.model_type == "gpt2" else self.model.model.layers)
 
     @property
@@ -184,6 +184,7 @@ class DecoderOnly(Backbone):
             do_sample=False,
             use_cache=use_cache,
             logits_processor=LogitsProcessorList(processors),
+            synced_gpus=False,  # each worker has the whole model here, and its own number of answers
         )
 
 

@@ -16,7 +16,7 @@ from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -189,12 +189,18 @@ class _EfficientAttention(TorchFunctionMode):
 
 def _without_data(model: PromptedModel) -> tuple[PromptedModel, FakeTensorMode]:
     """Return a copy whose tensors have no data, or the model if it has none, and the mode that they belong to."""
-    first = next(model.backbone.parameters())
-    if isinstance(first, FakeTensor):
-        return model, first.fake_mode
+    if isinstance(next(model.backbone.parameters()), FakeTensor):
+        return model, mode_of(model.backbone)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
         return copy.deepcopy(model), mode
+
+
+def mode_of(shapes: nn.Module) -> FakeTensorMode:
+    """Return the mode that the tensors of a backbone without weights belong to: operations on them run inside it."""
+    first = next(shapes.parameters())
+    assert isinstance(first, FakeTensor)
+    return first.fake_mode
 
 
 class _Tally(TorchDispatchMode):

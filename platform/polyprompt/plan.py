@@ -179,7 +179,7 @@ def rehearse(config: RunConfig) -> Plan:
             "bundles that fit them alone (init.from, method.sources or method.init=file): check it on a machine with "
             "the weights"
         )
-    with next(shapes.parameters()).fake_mode:
+    with memory.mode_of(shapes):
         model, data = build(config, load=lambda *args, **keys: shapes)
     return _plan(config, model, data, with_memory=True, without_weights=lack)
 

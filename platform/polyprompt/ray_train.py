@@ -223,8 +223,8 @@ def _start_workers(job: Job) -> object:
             train_loop_config={"job": job},
             # A hang is named before torch's own time-out ends it without a name.
             torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(2 * compute.hang_timeout_seconds) + 60),
-            scaling_config=ScalingConfig(
-                num_workers=compute.num_workers,
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]
+                num_workers=compute.num_workers,  # type: ignore[arg-type]
                 elastic_resize_monitor_interval_s=compute.resize_interval_seconds,
                 use_gpu=compute.use_gpu,
                 resources_per_worker=placement.worker(compute),
