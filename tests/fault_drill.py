@@ -14,7 +14,7 @@ from polyprompt import checkpoint
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
 from polyprompt.result import RunResult
-from polyprompt.worker import LOG, PROGRESS
+from polyprompt.worker import LOG, METRICS, PROGRESS
 
 Table = dict[str, Any]
 LOST = "The workers were lost: "
@@ -47,17 +47,30 @@ def steps_lost(out: Path) -> int:
 
 
 class Losses:
-    """Takes a run's lines, and the steps lost each time that its workers are."""
+    """Takes a run's lines, and the steps lost each time that its workers are. at: when they were."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
+        self.began = 0.0
+        self.at: list[float] = []
         self.said: list[str] = []
         self.steps: list[int] = []
 
     def __call__(self, line: str) -> None:
+        self.began = self.began or time.time()
         if line.startswith(LOST):
+            self.at.append(time.time())
             self.said.append(line)
             self.steps.append(steps_lost(self.out))
+
+    def seconds(self) -> str:
+        """For people: how long the run took from its start to its first step, and from its first loss to the next."""
+        lines = [json.loads(line) for line in (self.out / METRICS).read_text().splitlines()]
+        steps = [line["timestamp_ms"] / 1000 for line in lines if "train/loss" in line]
+        again = next(step for step in steps if step > self.at[0])
+        return (
+            f"{steps[0] - self.began:.1f} s from the start to a step, {again - self.at[0]:.1f} s from the loss to one"
+        )
 
 
 def until(true: Callable[[], bool]) -> None:

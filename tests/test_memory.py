@@ -124,13 +124,13 @@ def _case(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "method", "trainable", "train", "checkpointing"),
     [
         _case("t5", "hyperprompt", True, "fp32"),
         _case("t5", "hyperprompt", True, "bf16"),
         _case("t5", "hyperprompt", False, "fp32"),
-        _case("t5", "hyperprompt", False, "bf16"),
         _case("t5", "hyperprompt", True, "fp32", True),
         _case("t5", "smop", False, "bf16"),
         _case("t5", "smop", False, "fp32", True),
@@ -138,7 +138,6 @@ def _case(
         _case("t5", "full", True, "fp32", optimizer="adafactor"),
         _case("llama", "hyperprompt_decoder", True, "fp32"),
         _case("llama", "smop", False, "bf16"),
-        _case("llama", "smop", False, "fp32", True),
     ],
 )
 def test_memory_is_within_15_percent_of_what_a_step_takes(

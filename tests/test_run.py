@@ -223,9 +223,12 @@ class TestOnRay:
         result = go(small_run, tmp_path / "2", num_workers=2)
         assert (result.loss_curve, result.eval) == (alone.loss_curve, alone.eval)
 
-    def test_ddp_gives_the_same_curve_but_for_rounding(self, small_run: Table, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("compute", [{"gradient_sum": "ddp"}, {"strategy": "fsdp"}])
+    def test_torchs_own_sums_give_the_same_curve_but_for_rounding(
+        self, small_run: Table, tmp_path: Path, compute: Table
+    ) -> None:
         alone = go(small_run, tmp_path / "0")
-        result = go(small_run, tmp_path / "2", num_workers=2, gradient_sum="ddp")
+        result = go(small_run, tmp_path / "2", num_workers=2, **compute)
         assert result.sequence == alone.sequence
         for (_, a), (_, b) in zip(alone.loss_curve, result.loss_curve, strict=True):
             assert b == pytest.approx(a, abs=1e-4)
@@ -246,7 +249,7 @@ class TestOnRay:
         broken = go(tracked, out, losses, num_workers=2)
         killing.join()
         equal = same(broken, unbroken)
-        drill("SIGKILL to a worker", lost=losses.steps[0], equal=equal)
+        drill(f"SIGKILL to a worker ({losses.seconds()})", lost=losses.steps[0], equal=equal)
         assert losses.steps[0] <= 5
         assert broken.loss_curve == unbroken.loss_curve
         assert broken.eval == unbroken.eval
