@@ -68,9 +68,7 @@ class Losses:
         lines = [json.loads(line) for line in (self.out / METRICS).read_text().splitlines()]
         steps = [line["timestamp_ms"] / 1000 for line in lines if "train/loss" in line]
         again = next(step for step in steps if step > self.at[0])
-        return (
-            f"{steps[0] - self.began:.1f} s from the start to a step, {again - self.at[0]:.1f} s from the loss to one"
-        )
+        return f"{steps[0] - self.began:.1f} s from start to step, {again - self.at[0]:.1f} s from the loss to one"
 
 
 def until(true: Callable[[], bool]) -> None:

@@ -78,6 +78,7 @@ def same(folder: Path, other: Path, tolerance: float) -> None:
         assert found["mean"] == pytest.approx(wanted["mean"], abs=0.05)  # one answer of 16 may tip over
 
 
+@pytest.mark.slow
 def test_bundles_are_those_of_any_strategy_and_number_of_workers(small_run: dict[str, Any], tmp_path: Path) -> None:
     """In-process to step 2, two workers with shards to step 4, in-process to the end; and other kinds of runs."""
     small_run["train"] |= {"max_steps": 6, "save_steps": 2, "save_total_limit": 9, "weight_decay": 0.01}

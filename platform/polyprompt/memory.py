@@ -146,10 +146,11 @@ class _Step:
                 else:
                     parameter.register_post_accumulate_grad_hook(tally.take_gradient)
             ids_BT, labels_BS = torch.ones(rows, length).long(), torch.ones(rows, targets).long()
-            half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
-            with half, _EfficientAttention() if config.compute.use_gpu else nullcontext():
-                loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
-            (loss.total + loss.penalty_B.sum()).backward()
+            # Around the backward pass too, in which checkpointing runs layers anew.
+            with _EfficientAttention() if config.compute.use_gpu else nullcontext():
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+                    loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
+                (loss.total + loss.penalty_B.sum()).backward()
         self.most, self.activations = tally.most, tally.most_activations
 
 

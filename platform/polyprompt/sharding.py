@@ -7,6 +7,7 @@ Bundles hold whole tensors, so that they are those of any strategy and any numbe
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -30,9 +31,15 @@ def shard(model: PromptedModel, precision: Precision, device: torch.device, num_
     mesh = init_device_mesh(device.type, (num_workers,))
     kind = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.backbone.blocks():
+    blocks = model.backbone.blocks()
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+    # What is gathered next in a backward pass. Torch takes it from the forward passes since the last one, and of these
+    # workers have different ones while they evaluate: their gathers would not match.
+    parts: list[Any] = [model, *blocks, model]
+    for earlier, later in pairwise(parts):
+        later.set_modules_to_backward_prefetch([earlier])
     model.to(device)  # buffers
 
 
