@@ -34,7 +34,10 @@ def shard(model: PromptedModel, precision: Precision, device: torch.device, num_
     blocks = model.backbone.blocks()
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+    # What a layer and the method both hold (LoRA) has been cut up with the layer.
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=inside)
     # What is gathered next in a backward pass. Torch takes it from the forward passes since the last one, and of these
     # workers have different ones while they evaluate: their gathers would not match.
     parts: list[Any] = [model, *blocks, model]
