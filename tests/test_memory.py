@@ -190,6 +190,10 @@ def test_a_backbone_without_weights_is_planned_by_its_shapes(
     for part in ("weights", "gradients", "optimizer"):
         assert fsdp.memory.parts[part] == pytest.approx(ddp.memory.parts[part] / 8, rel=0.1)
     assert fsdp.memory.at_once < ddp.memory.at_once
+    light = {"name": str(bare), "gradient_checkpointing": True}
+    on_gpu = rehearse(check({**table, "backbone": light, "compute": {"num_workers": 1, "use_gpu": True}}))
+    assert on_gpu.memory is not None
+    assert on_gpu.memory.parts["activations"] < ddp.memory.parts["activations"]
     sources = {**table, "method": {"name": "smop", "init": "file", "init_file": str(tmp_path / "prompts.safetensors")}}
     with pytest.raises(ConfigError, match="check it on a machine with the weights"):
         rehearse(check(sources))

@@ -150,7 +150,7 @@ class _Step:
             with _EfficientAttention() if config.compute.use_gpu else nullcontext():
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
                     loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
-                (loss.total + loss.penalty_B.sum()).backward()
+                torch.autograd.backward(loss.total + loss.penalty_B.sum())  # Tensor.backward would leave the mode
         self.most, self.activations = tally.most, tally.most_activations
 
 
