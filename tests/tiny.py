@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from polyprompt import backbone, methods
-from polyprompt.config import AttemptConfig, BackboneConfig, MethodConfig
+from polyprompt.config import AttemptConfig, BackboneConfig, MethodConfig, MPTConfig
 from polyprompt.methods.base import Dims, Method
 from polyprompt.model import PromptedModel
 
@@ -149,10 +149,11 @@ def load(
 
 
 def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
-    """Return the method; one that builds on source prompts gets two random ones."""
+    """Return the method; one that builds on source prompts gets random ones: two, or MPT's teacher for each task."""
     sources = None
-    if isinstance(config, AttemptConfig):
-        sources = torch.randn(2, config.length, dims.hidden, generator=torch.Generator().manual_seed(3))
+    if isinstance(config, AttemptConfig) or (isinstance(config, MPTConfig) and config.teachers):
+        num_sources = 2 if isinstance(config, AttemptConfig) else dims.num_tasks
+        sources = torch.randn(num_sources, config.length, dims.hidden, generator=torch.Generator().manual_seed(3))
     return methods.build(config, dims, seed=seed, sources_JPH=sources)
 
 

@@ -138,7 +138,7 @@ def model_of(
             config.method,
             backbone.dims(num_tasks),
             seed=config.train.seed,
-            sources_JPH=source_prompts.read(config.method, backbone.identity(), bundle),
+            sources_JPH=source_prompts.read(config.method, config.task_names[:num_tasks], backbone.identity(), bundle),
         )
     model = PromptedModel(backbone, method)
     if bundle is not None:
