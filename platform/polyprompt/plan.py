@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import checkpoint, fingerprint, folding, later_tasks, methods, source_prompts, starts
+from polyprompt import (
+    checkpoint,
+    fingerprint,
+    folding,
+    later_tasks,
+    methods,
+    source_prompts,
+    starts,
+    training_defaults,
+)
 from polyprompt.backbone_base import Backbone
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
@@ -109,7 +118,10 @@ def _with_new_tasks(config: RunConfig, bundle: Bundle | None, tasks: Sequence[Ta
 
 def _check_groups(config: RunConfig, model: PromptedModel) -> None:
     groups = model.named_groups()
-    for stranger in config.train.group_learning_rates.keys() - groups.keys():
+    # A resolved config states the method's default for a group that it has under other settings.
+    default = training_defaults.of(config.method.name, bool(config.train_backbone)).get("group_learning_rates", {})
+    rates = config.train.group_learning_rates
+    for stranger in sorted(group for group in rates.keys() - groups.keys() if rates[group] != default.get(group)):
         raise ConfigError(
             f"train.group_learning_rates: {stranger} is no group of what method.name={config.method.name} trains here; "
             f"its groups are {', '.join(groups)}. Drop {stranger}"
