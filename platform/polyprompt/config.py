@@ -153,6 +153,7 @@ class TrainConfig(Section):
     #: own training. AdamW: the rate times size / 0.1, at most the whole rate; see optim.py.
     scale_parameter: bool = False
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    #: Of AdamW; Adafactor has none.
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     lr_scheduler_type: Literal["constant", "linear", "inverse_sqrt"] = "constant"
