@@ -134,10 +134,12 @@ def test_every_table_that_ships_is_valid(path: Path, monkeypatch: pytest.MonkeyP
 
 def test_floors_are_those_of_the_run_and_of_a_linear_model(small_run: Table, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_run))
-    done = job("floors", "recipe.yaml", "tasks=[embedded/boolq, embedded/copa]", cwd=tmp_path)
+    done = job("floors", "recipe.yaml", "tasks=[embedded/boolq, embedded/copa]", "--zero-shot", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = {line.split("│")[1].strip(): line.split("│")[2:4] for line in done.stdout.splitlines() if "│" in line}
+    lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in done.stdout.splitlines() if "│" in line}
     assert float(lines["embedded/boolq"][0]) == pytest.approx(0.5, abs=0.2)
+    untrained = [float(lines[task][2]) for task in ("embedded/boolq", "embedded/copa", "mean")]
+    assert sum(untrained[:2]) / 2 == pytest.approx(untrained[2], abs=1e-3)
     assert set(lines) == {"embedded/boolq", "embedded/copa", "mean"}
     wrong = job("floors", "recipe.yaml", "tasks=[embedded/bolq]", cwd=tmp_path)
     assert wrong.returncode == 1
