@@ -2,9 +2,9 @@
 
     python jobs/table.py TABLE.yaml [key.sub=value …] --out DIR [--at-once N]
 
-TABLE.yaml: `recipe` (or a list of them), `seeds`, and `rows`: a label and its overrides. What is finished in DIR is not
-run again, and what was stopped goes on. SIGTERM is handed on to the runs under way. jobs/tables/ holds those behind
-docs/results.md.
+TABLE.yaml: `recipe`, `seeds`, and `rows`: a label and its overrides, where {out} is DIR and {seed} the seed: a row may
+so build on a run of an earlier row, DIR/<label>/<seed>. What is finished in DIR is not run again, and what was stopped
+goes on. SIGTERM is handed on to the runs under way. jobs/tables/ holds those behind docs/results.md.
 """
 
 import argparse
@@ -45,6 +45,10 @@ class Experiments(BaseModel):
     recipe: Path
     seeds: list[int] = Field(min_length=1)
     rows: dict[str, list[str]] = Field(min_length=1)
+
+    def overrides(self, label: str, seed: int, out: Path) -> list[str]:
+        """Return those of a run."""
+        return [text.replace("{out}", str(out)).replace("{seed}", str(seed)) for text in self.rows[label]]
 
 
 class UnderWay:
@@ -95,8 +99,8 @@ def run(table: Experiments, overrides: Sequence[str], out: Path, at_once: int) -
     Every run's config is checked before the first one starts.
     """
     cells = [
-        (label, seed, [*own, *overrides, f"train.seed={seed}"])
-        for label, own in table.rows.items()
+        (label, seed, [*table.overrides(label, seed, out), *overrides, f"train.seed={seed}"])
+        for label in table.rows
         for seed in table.seeds
     ]
     for _, _, arguments in cells:

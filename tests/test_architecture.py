@@ -19,7 +19,7 @@ ONLY = {
     "mlflow": {"tracking.py", "tracking_store.py", "study_tracking.py", "registry.py", "logged_models.py"},
     "datasets": {"data.py", "reading.py"},
     "peft": {"lora.py", "export.py"},
-    "transformers": {"backbone.py", "decoder_only.py", "prompted_attention.py", "optim.py"},
+    "transformers": {"backbone.py", "bart.py", "decoder_only.py", "prompted_attention.py", "optim.py"},
 }
 
 #: The same of tuning/.

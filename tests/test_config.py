@@ -2,11 +2,13 @@
 
 import pickle
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from polyprompt.config import METHOD_NAMES, RunConfig
+from polyprompt import training_defaults
+from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, TrainConfig
 from polyprompt.errors import ConfigError
 from polyprompt.recipe import check, load
 
@@ -172,7 +174,7 @@ def test_identity_is_of_what_shapes_the_result() -> None:
 def test_flat_names_every_key_once() -> None:
     flat = check({"tasks": TASKS, "method": "smop"}).flat()
     assert flat["method.num_prompts"] == "4"
-    assert flat["train.learning_rate"] == "0.001"
+    assert flat["train.learning_rate"] == "0.1"
     assert not any("hyper" in key for key in flat)
     assert all(isinstance(value, str) for value in flat.values())
 
@@ -187,6 +189,31 @@ def test_the_backbone_is_trained_as_the_paper_does() -> None:
     assert not check({"tasks": TASKS, "backbone": {"trainable": False}}).train_backbone
     with pytest.raises(ConfigError, match="full trains the backbone"):
         check({"tasks": TASKS, "method": "full", "backbone": {"trainable": False}})
+
+
+def test_a_method_is_trained_at_its_own_rates_unless_the_recipe_states_one() -> None:
+    def train(method: str, stated: dict[str, Any], **backbone: Any) -> TrainConfig:
+        return check({"tasks": TASKS, "method": method, "train": stated, "backbone": backbone}).train
+
+    own = train("smop", {})
+    assert (own.learning_rate, own.group_learning_rates, own.scale_parameter) == (0.1, {"router": 0.01}, False)
+    assert train("smop", {"learning_rate": None, "group_learning_rates": {"router": 0.5}}).group_learning_rates == {
+        "router": 0.5
+    }
+    assert train("smop", {"learning_rate": 0.3}) == TrainConfig(learning_rate=0.3)
+    whole = train("prompt_tuning", {"max_steps": 7}, trainable=True)
+    assert (whole.learning_rate, whole.group_learning_rates) == (0.05, {"backbone": 0.001})
+    assert (whole.scale_parameter, whole.max_steps) == (True, 7)
+    assert not train("full", {"scale_parameter": False}).scale_parameter
+    resolved = check({"tasks": TASKS, "method": "smop"})
+    assert check(resolved.model_dump(mode="json")) == resolved
+
+
+def test_every_method_has_rates_of_groups_that_it_has() -> None:
+    sections = {c.model_fields["name"].default: c for c in get_args(get_args(MethodConfig)[0])}
+    assert training_defaults.TRAINING.keys() == sections.keys()
+    for name, training in training_defaults.TRAINING.items():
+        assert training.get("group_learning_rates", {}).keys() <= sections[name].groups
 
 
 def test_config_is_frozen() -> None:

@@ -74,6 +74,12 @@ def test_a_table_has_every_seed_and_runs_none_twice(experiments: Path, tmp_path:
     assert (tmp_path / "out" / "plain_full" / "1" / "result.json").stat().st_mtime_ns == written
 
 
+def test_a_row_may_build_on_an_earlier_rows_run(experiments: Path) -> None:
+    given = {**yaml.safe_load(experiments.read_text()), "rows": {"attempt": ["method.sources=[{out}/tuned/{seed}/x]"]}}
+    table = script("table").Experiments.model_validate(given)
+    assert table.overrides("attempt", 1, Path("build/t")) == ["method.sources=[build/t/tuned/1/x]"]
+
+
 def test_a_faulty_row_is_refused_before_the_first_run(experiments: Path, tmp_path: Path) -> None:
     table = script("table")
     broken = yaml.safe_load(experiments.read_text())
@@ -122,16 +128,18 @@ def test_sigterm_reaches_the_run_under_way(experiments: Path, tmp_path: Path) ->
 def test_every_table_that_ships_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     table = script("table").read(path)
-    for overrides in table.rows.values():
-        load([table.recipe], overrides)
+    for label in table.rows:
+        load([table.recipe], table.overrides(label, table.seeds[0], Path("out")))
 
 
 def test_floors_are_those_of_the_run_and_of_a_linear_model(small_run: Table, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_run))
-    done = job("floors", "recipe.yaml", "tasks=[embedded/boolq, embedded/copa]", cwd=tmp_path)
+    done = job("floors", "recipe.yaml", "tasks=[embedded/boolq, embedded/copa]", "--zero-shot", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = {line.split("│")[1].strip(): line.split("│")[2:4] for line in done.stdout.splitlines() if "│" in line}
+    lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in done.stdout.splitlines() if "│" in line}
     assert float(lines["embedded/boolq"][0]) == pytest.approx(0.5, abs=0.2)
+    untrained = [float(lines[task][2]) for task in ("embedded/boolq", "embedded/copa", "mean")]
+    assert sum(untrained[:2]) / 2 == pytest.approx(untrained[2], abs=1e-3)
     assert set(lines) == {"embedded/boolq", "embedded/copa", "mean"}
     wrong = job("floors", "recipe.yaml", "tasks=[embedded/bolq]", cwd=tmp_path)
     assert wrong.returncode == 1

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from polyprompt import backbone, methods
-from polyprompt.config import AttemptConfig, BackboneConfig, MethodConfig
+from polyprompt.config import AttemptConfig, BackboneConfig, MethodConfig, MPTConfig
 from polyprompt.methods.base import Dims, Method
 from polyprompt.model import PromptedModel
 
@@ -52,6 +52,16 @@ DECODER_CLASSES = {
         {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": LIMIT, "initializer_range": 0.3},
     ),
 }
+#: Learned positions in encoder and decoder.
+BART = (
+    transformers.BartConfig,
+    transformers.BartForConditionalGeneration,
+    {
+        "d_model": 16, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 24, "max_position_embeddings": LIMIT,
+        "dropout": 0.1, "init_std": 0.3, "forced_eos_token_id": None,
+    },
+)  # fmt: skip
 #: Each family's own tokenizer, and how it spells a newline.
 DECODER_TOKENIZERS = {
     "llama": (transformers.LlamaTokenizer, "<0x0A>"),
@@ -73,6 +83,8 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 def folder(family: str | None = None) -> Path:
     """Return a folder with a random model of the family and a word-level tokenizer, both from `save_pretrained`."""
     family = family or default_family
+    if family == "bart":
+        return _bart_folder()
     return _decoder_folder(family) if family in DECODERS else _t5_folder(family)
 
 
@@ -114,17 +126,33 @@ def _t5_folder(family: str) -> Path:
             if "relative_attention_bias" in name:
                 weight.data.normal_()
     model.save_pretrained(path)
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    _word_tokenizer().save_pretrained(path)
+    return path
+
+
+def _word_tokenizer() -> Any:
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(_WORDS, unk_token="<unk>")),
         pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
     )  # fmt: skip
-    tokenizer.save_pretrained(path)
+
+
+@functools.cache
+def _bart_folder() -> Path:
+    config_class, model_class, extra = BART
+    path = Path(_root().name) / "bart"
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = model_class(config_class(vocab_size=VOCABULARY, **special, **extra))
+    model.save_pretrained(path)
+    _word_tokenizer().save_pretrained(path)
     return path
 
 
 @functools.cache
 def _plain(family: str, attention: str) -> Any:
-    _, model_class, _ = (CLASSES | DECODER_CLASSES)[family]
+    _, model_class, _ = (CLASSES | DECODER_CLASSES | {"bart": BART})[family]
     return model_class.from_pretrained(folder(family), attn_implementation=attention, dtype=torch.float32).eval()
 
 
@@ -149,10 +177,11 @@ def load(
 
 
 def build(config: MethodConfig, dims: Dims, *, seed: int) -> Method:
-    """Return the method; one that builds on source prompts gets two random ones."""
+    """Return the method; one that builds on source prompts gets random ones: two, or MPT's teacher for each task."""
     sources = None
-    if isinstance(config, AttemptConfig):
-        sources = torch.randn(2, config.length, dims.hidden, generator=torch.Generator().manual_seed(3))
+    if isinstance(config, AttemptConfig) or (isinstance(config, MPTConfig) and config.teachers):
+        num_sources = 2 if isinstance(config, AttemptConfig) else dims.num_tasks
+        sources = torch.randn(num_sources, config.length, dims.hidden, generator=torch.Generator().manual_seed(3))
     return methods.build(config, dims, seed=seed, sources_JPH=sources)
 
 

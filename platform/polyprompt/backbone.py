@@ -1,4 +1,4 @@
-"""The pre-trained model: loads a model of a known family, and runs those of T5's; decoder_only.py has the others.
+"""The pre-trained model: loads one of a known family, and runs those of T5's; the others: decoder_only.py, bart.py.
 
 How prompt keys and values reach a model's attention is in prompted_attention.py.
 
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from polyprompt import adapted, decoder_only, prompted_attention
 from polyprompt.backbone_base import Backbone, Encoded, with_input_prompts
+from polyprompt.bart import Bart
 from polyprompt.config import BackboneConfig
 from polyprompt.decoder_only import DecoderOnly
 from polyprompt.errors import ConfigError
@@ -52,10 +53,15 @@ class UMT5ForConditionalGeneration(_TakesPrompts, transformers.UMT5ForConditiona
     """umT5: a position bias in every layer."""
 
 
+class BartForConditionalGeneration(_TakesPrompts, transformers.BartForConditionalGeneration):  # type: ignore[misc]
+    """BART."""
+
+
 FAMILIES: dict[str, Any] = {
     "t5": T5ForConditionalGeneration,
     "mt5": MT5ForConditionalGeneration,
     "umt5": UMT5ForConditionalGeneration,
+    "bart": BartForConditionalGeneration,
 }
 
 
@@ -240,7 +246,7 @@ def _backbone(
     if kind is DecoderOnly:
         backbone = DecoderOnly(model, tokenizer, name=name, revision=revision, input_end=config.input_end)
     else:
-        backbone = EncoderDecoder(model, tokenizer, name=name, revision=revision)
+        backbone = (Bart if kind is Bart else EncoderDecoder)(model, tokenizer, name=name, revision=revision)
     backbone.requires_grad_(train is True)
     if train == "layer_norms":
         for norm in backbone.layer_norms():
@@ -263,14 +269,14 @@ def _kind(config: BackboneConfig, model_config: Any) -> type[Backbone]:
         raise ConfigError(
             f"backbone.name={config.name} is a {model_config.model_type!r} model; expected one of "
             f"{', '.join(FAMILIES)} with encoder and decoder, or of {', '.join(decoder_only.FAMILIES)}. Choose a T5, "
-            "Flan-T5, mT5, umT5, GPT-2, Llama, SmolLM or Qwen model"
+            "Flan-T5, mT5, umT5, BART, GPT-2, Llama, SmolLM or Qwen model"
         )
     if config.input_end is not None:
         raise ConfigError(
             f"backbone.input_end={config.input_end!r} is for decoder-only models; backbone.name={config.name} has an "
             "encoder, whose inputs end in </s>. Drop backbone.input_end"
         )
-    return EncoderDecoder
+    return Bart if model_config.model_type == "bart" else EncoderDecoder
 
 
 def _model_class(model_config: Any) -> Any:

@@ -88,7 +88,8 @@ class Backbone(nn.Module, ABC):
         own = threading.get_ident()
 
         def keep(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
-            return inputs[0][kept_BS] if threading.get_ident() == own else None
+            # What a target starts from may stand before it.
+            return inputs[0][:, -kept_BS.shape[1] :][kept_BS] if threading.get_ident() == own else None
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
         try:
@@ -134,6 +135,12 @@ class Backbone(nn.Module, ABC):
     def ordinary_embeddings(self) -> Tensor:
         """Return the embeddings of the pieces that are no special tokens, in the order of their ids."""
         return self.model.get_input_embeddings().weight[torch.tensor(self.ordinary_ids())].detach()
+
+
+def begin_token(tokenizer: Any) -> int | None:
+    """Return the token that the tokenizer puts before a text, if it does."""
+    first = tokenizer("x").input_ids[0]
+    return first if first == tokenizer.bos_token_id else None
 
 
 def with_input_prompts(x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:

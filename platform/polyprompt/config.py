@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from polyprompt import training_defaults
 from polyprompt.method_configs import (
     AdapterConfig,
     AttemptConfig,
@@ -141,6 +142,8 @@ class TrainConfig(Section):
     #: What the loss is a mean over. token: all target tokens of the global batch, as T5's; a row with a long target,
     #: such as a corrupted text, then weighs as much as dozens with a label. example: each row weighs the same.
     loss_reduction: Literal["token", "example"] = "token"
+    #: Left out, or null: the method's own, with its own rates of groups and scale_parameter where none are stated
+    #: (training_defaults.py).
     learning_rate: PositiveFloat = 1e-3
     #: Learning rates of parameter groups that differ from `learning_rate`.
     group_learning_rates: dict[ParameterGroup, PositiveFloat] = {}
@@ -150,6 +153,7 @@ class TrainConfig(Section):
     #: own training. AdamW: the rate times size / 0.1, at most the whole rate; see optim.py.
     scale_parameter: bool = False
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    #: Of AdamW; Adafactor has none.
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     lr_scheduler_type: Literal["constant", "linear", "inverse_sqrt"] = "constant"
@@ -337,7 +341,9 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, data: Any) -> Any:
-        return _with_new_tasks(long_form(data)) if isinstance(data, Mapping) else data
+        if not isinstance(data, Mapping):
+            return data
+        return training_defaults.filled(_with_new_tasks(long_form(data)), cls.model_fields["method"].default.name)
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -430,7 +436,7 @@ class RunConfig(Section):
         """Is the backbone trained, or its layer normalisations alone? As set, or as the method does by default."""
         if self.backbone.trainable is not None:
             return self.backbone.trainable
-        return self.method.name in ("full", "hyperprompt", "routed_hyperprompt")
+        return self.method.name in training_defaults.TRAIN_BACKBONE
 
     def identity(self) -> str:
         """Return the hash (12 hex digits) of everything that shapes the result (see `shapes_result`)."""

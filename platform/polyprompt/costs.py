@@ -39,21 +39,27 @@ def inference_flops(model: PromptedModel, num_input_tokens: int, num_target_toke
 
 def _encoder_decoder(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:
     """Return the multiply-adds of all layers."""
-    config = model.backbone.model.config
-    hidden, inner = config.d_model, config.num_heads * config.d_kv
+    config, dims = model.backbone.model.config, model.backbone.dims(1)
+    assert dims.encoder is not None
+    hidden, inner = dims.hidden, dims.encoder.num_heads * dims.encoder.head_dim
     projection = hidden * inner
-    feed_forward = (3 if "gated" in config.feed_forward_proj else 2) * hidden * config.d_ff
-    feed_forward += model.method.layer_multiply_adds
-    encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + feed_forward)
-    own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + feed_forward)
+    # What is reserved beside no target is BART's <s>, before inputs and targets alike.
+    inputs, targets = (tokens + model.backbone.reserved_tokens(0) for tokens in (inputs, targets))
+    if config.model_type == "bart":
+        into, out_of = (2 * hidden * size for size in (config.encoder_ffn_dim, config.decoder_ffn_dim))
+    else:
+        into = out_of = (3 if "gated" in config.feed_forward_proj else 2) * hidden * config.d_ff
+    into, out_of = (feed_forward + model.method.layer_multiply_adds for feed_forward in (into, out_of))
+    encoder = inputs * (4 * projection + 2 * inner * (inputs + lengths.get("method.encoder_length", 0)) + into)
+    own = targets * (4 * projection + 2 * inner * (targets + lengths.get("method.decoder_length", 0)) + out_of)
     cross = 2 * projection * (targets + inputs) + 2 * inner * targets * inputs
     # Cross-attention makes its keys and values of the input.
-    of_input = ("EncDecAttention.k", "EncDecAttention.v")
+    of_input = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
     joined = sum(
-        cost * (inputs if name.startswith("encoder.") or name.endswith(of_input) else targets)
+        cost * (inputs if "encoder." in name or name.endswith(of_input) else targets)
         for name, cost in model.method.module_multiply_adds().items()
     )
-    return config.num_layers * encoder + config.num_decoder_layers * (own + cross) + joined
+    return dims.encoder.num_layers * encoder + dims.decoder.num_layers * (own + cross) + joined
 
 
 def _decoder_only(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from polyprompt import adapted
-from polyprompt.backbone_base import Backbone, Encoded, with_input_prompts
+from polyprompt.backbone_base import Backbone, Encoded, begin_token, with_input_prompts
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
 from polyprompt.sampling import LogitsProcessor
@@ -106,7 +106,7 @@ class DecoderOnly(Backbone):
             # Padding is always masked, so any piece will do.
             tokenizer.pad_token = tokenizer.eos_token
         self.end_id = _input_end(tokenizer, name, INPUT_END if input_end is None else input_end)
-        self.begin_id = _begin(tokenizer)
+        self.begin_id = begin_token(tokenizer)
         for layer, block in enumerate(self.blocks()):
             attention = block.attn if model.config.model_type == "gpt2" else block.self_attn
             attention.prompt_spot = ("decoder", layer)
@@ -200,9 +200,3 @@ def _input_end(tokenizer: Any, name: str, text: str) -> int:
             f"{tokenizer.convert_ids_to_tokens(added)}. Choose a text that is, such as {tokenizer.eos_token!r}"
         )
     return added[0]
-
-
-def _begin(tokenizer: Any) -> int | None:
-    """Return the token that the tokenizer puts before a text, if it does."""
-    first = tokenizer("x").input_ids[0]
-    return first if first == tokenizer.bos_token_id else None

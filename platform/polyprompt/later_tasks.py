@@ -23,7 +23,8 @@ ANSWERING = ("data.max_input_tokens", "data.max_target_tokens", "train.precision
 #: Keys of these sections that do not: where the backbone is (its content is compared), and how parameters start.
 FREE = {
     *(f"backbone.{key}" for key in ("name", "revision", "gguf_file", "dropout", "gradient_checkpointing")),
-    *(f"method.{key}" for key in ("init", "init_std", "init_text", "init_file", "task_std", "sources")),
+    *(f"method.{key}" for key in ("init", "init_std", "init_text", "init_file", "task_std", "sources", "teachers")),
+    *(f"method.distillation_{key}" for key in ("weight", "temperature")),
 }
 
 

@@ -287,6 +287,20 @@ class MPTConfig(PromptStartConfig):
     #: Of the shared prompt. Not zero: the tasks' vectors would have no gradient.
     init: Literal["vocabulary", "labels", "text", "file", "normal"] = "vocabulary"
     init_std: PositiveFloat = 0.5
+    #: Bundles (step_… folders) of prompt_tuning runs on this backbone: a task's own prompt there is its teacher. They
+    #: are read once, at the start; the run's own bundles keep what was read. Empty: no distillation.
+    teachers: list[AbsolutePath] = []
+    #: λ: weight of the distillation loss beside the tasks' own.
+    distillation_weight: PositiveFloat = 1.0
+    #: Of both output distributions in it; higher is softer.
+    distillation_temperature: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _teachers_are_there(self) -> Self:
+        self._needs("teachers", self.length > 0, "method.length above 0")
+        for key in ("distillation_weight", "distillation_temperature"):
+            self._needs(key, bool(self.teachers), "method.teachers")
+        return self
 
 
 class AdapterConfig(MethodSection):

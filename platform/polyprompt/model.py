@@ -4,12 +4,14 @@ Letters: B rows of a batch, T input tokens, S target tokens, C choices of all ro
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from polyprompt import distillation
 from polyprompt.backbone_base import Backbone, Encoded
 from polyprompt.collation import IGNORED
 from polyprompt.config import RunConfig
@@ -71,8 +73,17 @@ class PromptedModel(nn.Module):
 
     def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, labels_BS: Tensor, task_B: Tensor) -> Loss:
         """Return the loss of a batch. mask_BT: 1 for real tokens. labels_BS: target ids, -100 for no loss."""
-        encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
-        return self.loss(labels_BS, self.nll(labels_BS, encoded, prompts), prompts)
+        x_BTH, prompts = self.prompts(input_ids_BT, mask_BT, task_B)
+        if prompts.teacher is None:
+            nll_B = self.nll(labels_BS, self.backbone.encode(x_BTH, mask_BT, prompts), prompts)
+            return self.loss(labels_BS, nll_B, prompts)
+        teacher = prompts.teacher
+        theirs = distillation.teach(self.backbone, x_BTH, mask_BT, labels_BS, teacher.prompts)
+        own = distillation.say(self.backbone, x_BTH, mask_BT, labels_BS, prompts)
+        penalty_B = teacher.weight * distillation.loss(own, theirs, labels_BS, teacher.temperature)
+        if prompts.penalty_B is not None:
+            penalty_B = penalty_B + prompts.penalty_B
+        return self.loss(labels_BS, _nll(labels_BS, own.logits_NV), replace(prompts, penalty_B=penalty_B))
 
     def loss(self, labels_BS: Tensor, nll_B: Tensor, prompts: Prompts) -> Loss:
         tokens_B = (labels_BS != IGNORED).sum(dim=1)
@@ -212,9 +223,15 @@ class PromptedModel(nn.Module):
         """Return the summed negative log-likelihood of each row's target."""
         real_BS = labels_BS != IGNORED
         with self.backbone.logits_only_at(real_BS):
-            logits_NV = self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts).float()
-        nll_N = cross_entropy(logits_NV, labels_BS[real_BS], reduction="none")
-        return torch.zeros_like(labels_BS, dtype=nll_N.dtype).masked_scatter(real_BS, nll_N).sum(dim=1)
+            logits_NV = self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts)
+        return _nll(labels_BS, logits_NV)
+
+
+def _nll(labels_BS: Tensor, logits_NV: Tensor) -> Tensor:
+    """Sum by row. logits_NV: of the target tokens alone."""
+    real_BS = labels_BS != IGNORED
+    nll_N = cross_entropy(logits_NV.float(), labels_BS[real_BS], reduction="none")
+    return torch.zeros_like(labels_BS, dtype=nll_N.dtype).masked_scatter(real_BS, nll_N).sum(dim=1)
 
 
 def _whole(name: str) -> str:

@@ -187,7 +187,7 @@ class Pack:
             loaded = backbones.load(config, train=train, precision=precision, seed=seed)
             if not isinstance(loaded, EncoderDecoder):
                 raise ConfigError(
-                    f"backbone.name={config.name} is decoder-only; runs share backbones of T5's family only. Choose a "
+                    f"backbone.name={config.name} is not of T5's family, whose backbones alone runs share. Choose a "
                     "T5, Flan-T5, mT5 or umT5 model, or let each trial have its own backbone"
                 )
             self._loaded = (wanted, loaded)

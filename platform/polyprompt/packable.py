@@ -1,6 +1,6 @@
 """Which runs may share one frozen backbone with others (pack.py), said before anything heavy is loaded."""
 
-from polyprompt.config import RunConfig
+from polyprompt.config import MPTConfig, RunConfig
 from polyprompt.errors import ConfigError
 
 #: Methods that act inside the backbone's layers, or train nothing of their own.
@@ -12,6 +12,8 @@ def check(config: RunConfig) -> None:
     method = f"method.name={config.method.name}"
     if config.method.name in INSIDE:
         mend = f"{method} is not a prompt beside a frozen backbone, but works inside it. Choose a method of prompts"
+    elif isinstance(config.method, MPTConfig) and config.method.teachers:
+        mend = "method.teachers sends each row through the backbone twice. Drop method.teachers"
     elif config.train_backbone:
         mend = f"{method} trains the backbone here. Set backbone.trainable=false"
     elif config.backbone.gradient_checkpointing:

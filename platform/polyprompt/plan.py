@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyprompt import backbone as backbones
-from polyprompt import checkpoint, fingerprint, folding, later_tasks, memory, methods, source_prompts, starts
+from polyprompt import (
+    checkpoint,
+    fingerprint,
+    folding,
+    later_tasks,
+    memory,
+    methods,
+    source_prompts,
+    starts,
+    training_defaults,
+)
 from polyprompt.backbone_base import Backbone
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
@@ -110,7 +120,10 @@ def _with_new_tasks(config: RunConfig, bundle: Bundle | None, tasks: Sequence[Ta
 
 def _check_groups(config: RunConfig, model: PromptedModel) -> None:
     groups = model.named_groups()
-    for stranger in config.train.group_learning_rates.keys() - groups.keys():
+    # A resolved config states the method's default for a group that it has under other settings.
+    default = training_defaults.of(config.method.name, bool(config.train_backbone)).get("group_learning_rates", {})
+    rates = config.train.group_learning_rates
+    for stranger in sorted(group for group in rates.keys() - groups.keys() if rates[group] != default.get(group)):
         raise ConfigError(
             f"train.group_learning_rates: {stranger} is no group of what method.name={config.method.name} trains here; "
             f"its groups are {', '.join(groups)}. Drop {stranger}"
@@ -139,7 +152,7 @@ def model_of(
             config.method,
             backbone.dims(num_tasks),
             seed=config.train.seed,
-            sources_JPH=source_prompts.read(config.method, backbone.identity(), bundle),
+            sources_JPH=source_prompts.read(config.method, config.task_names[:num_tasks], backbone.identity(), bundle),
         )
     model = PromptedModel(backbone, method)
     if bundle is not None:

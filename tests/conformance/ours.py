@@ -23,7 +23,7 @@ from polyprompt.sampling import Sampling
 #: Methods that cannot be made empty.
 UNSIZED = ("hyperformer",)
 #: Those that the checks run on.
-FAMILIES = ("t5", "t5_v1_1", "mt5", "flan", "umt5", "llama", "qwen2", "qwen3", "gpt2")
+FAMILIES = ("t5", "t5_v1_1", "mt5", "flan", "umt5", "bart", "llama", "qwen2", "qwen3", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class OurModel:
             raise NotApplicable("it changes the embeddings that queries and keys are made of")
         backbone = self.model.backbone
         decoder_only = backbone.dims(1).encoder is None
-        if made.inputs_BPH is not None and backbone.model.config.model_type == "gpt2":
+        if made.inputs_BPH is not None and backbone.model.config.model_type in ("gpt2", "bart"):
             raise NotApplicable(ABSOLUTE)
         with watched(backbone.model) as seen:
             self.nll(batch)

@@ -21,8 +21,10 @@ NEW_TOKENS = 5
 BACKEND = "aot_eager"
 ONE_STREAM = "`generate` draws all rows from one random stream"
 ONE_LENGTH = "one prompt length for all rows"
-ABSOLUTE = "prompts before the input are tokens: they take the first of GPT-2's absolute positions"
-_FIRST = re.compile(r"(?:(encoder|decoder)\.block\.0\.layer\.0\.SelfAttention|(?:h|layers)\.0\.(?:attn|self_attn))$")
+ABSOLUTE = "prompts before the input are tokens: they take the first of the model's absolute positions"
+_FIRST = re.compile(
+    r"(?:(encoder|decoder)\.)?(?:block\.0\.layer\.0\.SelfAttention|(?:h|layers)\.0\.(?:attn|self_attn))$"
+)
 
 
 @contextlib.contextmanager

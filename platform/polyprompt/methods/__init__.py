@@ -67,7 +67,7 @@ def build(config: MethodConfig, dims: Dims, *, seed: int, sources_JPH: Tensor | 
             case AttemptConfig():
                 return Attempt(config, dims, sources_JPH, seed=seed)
             case MPTConfig():
-                return MPT(config, dims, seed=seed)
+                return MPT(config, dims, sources_JPH, seed=seed)
             case AdapterConfig():
                 return Adapter(config, dims)
             case HyperFormerConfig():

@@ -93,6 +93,7 @@ class Prompts:
     softmax without noise; "router/share": what each prompt is of the row's prompt without noise, as in prediction;
     "router/load": the same as used here, noise and all.
     penalty_B: a further loss of each row; its mean over the rows of the global batch is added to the objective.
+    teacher: whom the model learns from beside the targets (None: nobody); only ever given in training.
     parts: where rows of several models lie side by side, those of each; all else is empty then. No method gives them.
     """
 
@@ -102,9 +103,22 @@ class Prompts:
     decoder: KeyValues | None = None
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     penalty_B: Tensor | None = None
+    teacher: "Teacher | None" = None
     embeddings_BTH: Tensor | None = None
     adapters: Mapping[str, Adapters] = field(default_factory=dict)
     parts: Sequence["Part"] = ()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Other prompts for the same rows: the model is drawn to what it says under them (distillation.py).
+
+    weight: of that loss, which is added to penalty_B. temperature: that both output distributions are softened by.
+    """
+
+    prompts: Prompts
+    weight: float
+    temperature: float
 
 
 @dataclass(frozen=True)
