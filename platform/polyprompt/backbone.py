@@ -6,7 +6,7 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,10 +155,12 @@ def load(
     train: bool | Literal["layer_norms"],
     precision: Literal["fp32", "bf16"],
     seed: int,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
     """Load the backbone on the CPU, in eval mode; the seed is for `init: random`.
 
     Frozen weights are stored in bf16 under that precision; trained ones stay fp32 and compute under autocast.
+    frozen: the frozen weights as an earlier load stored them, by name; they are used, not copied.
     Raises ConfigError naming the backbone, the cause and the mend.
     """
     prompted_attention.register()
@@ -196,11 +198,12 @@ def load(
     if train == "layer_norms":
         for norm in backbone.layer_norms():
             norm.requires_grad_()
-    if precision == "bf16" and train is not True:
-        # Not the buffers: rotary frequencies in bf16 would turn far tokens by the wrong angles.
-        for parameter in backbone.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+    # Not the buffers: rotary frequencies in bf16 would turn far tokens by the wrong angles.
+    for name, parameter in backbone.named_parameters():
+        if not parameter.requires_grad and frozen is not None:
+            parameter.data = frozen[name]
+        elif not parameter.requires_grad and precision == "bf16":
+            parameter.data = parameter.data.to(torch.bfloat16)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone.eval()

@@ -71,7 +71,8 @@ def claim(work: Work) -> Iterator[None]:
         lock = FileLock(work.output.with_name(f".{work.output.name}.lock"), timeout=0).acquire()
     except Timeout:
         raise ConfigError(
-            f"--output {work.output} in use: another process answers into it now. Wait for it, or choose another --output"
+            f"--output {work.output} in use: another process answers into it now. Wait for it, or choose another "
+            "--output"
         ) from None
     except OSError as error:
         raise ConfigError(f"--output {work.output} cannot be written: {error}") from error

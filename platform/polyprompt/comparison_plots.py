@@ -185,7 +185,7 @@ def heat(
             for (i, j), value in np.ndenumerate(table):
                 dark = abs(value) > 0.6 * max(abs(low), abs(high))
                 axes.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    j, i, f"{value:z.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
                 )
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=list(grid), label=name, shrink=0.9)

@@ -31,7 +31,7 @@ from polyprompt.loop import TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.pack import Seat
-from polyprompt.plan import build
+from polyprompt.plan import Load, build
 from polyprompt.result import write_whole
 from polyprompt.run_folder import BUNDLES, RUN
 from polyprompt.stopping import STOP
@@ -57,6 +57,8 @@ class Job:
     commit: str = ""
     #: A file whose appearance ends the run.
     stop: Path | None = None
+    #: As of plan.build.
+    load: Load | None = None
 
     @property
     def bundles(self) -> Path:
@@ -221,7 +223,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
 def _start(job: Job, device: torch.device, seat: Seat | None) -> Start:
     """Build everything and put it where the newest whole bundle says."""
     bundle = checkpoint.newest(job.bundles)
-    model, data = build(job.config, bundle, seat.pack.load if seat else None)
+    model, data = build(job.config, bundle, seat.pack.load if seat else job.load)
     identity = model.backbone.identity()  # of the weights before any training
     model.to(device)
     optim = Optim(job.config.train, model.named_groups(), model.undecayed())
