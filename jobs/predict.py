@@ -56,7 +56,6 @@ def main() -> int:
 def predict(bundle: Path, options: argparse.Namespace) -> tuple[int, int]:
     """Answer the file; return how many rows there are and how many failed. Raises PolypromptError."""
     from polyprompt import batch_prediction
-    from polyprompt.report import Progress
 
     work = batch_prediction.Work(
         bundle=bundle,
@@ -65,6 +64,14 @@ def predict(bundle: Path, options: argparse.Namespace) -> tuple[int, int]:
         mode=options.mode,
         part_rows=options.part_rows,
     )
+    with batch_prediction.claim(work):
+        return _answer_file(work, options)
+
+
+def _answer_file(work: Any, options: argparse.Namespace) -> tuple[int, int]:
+    from polyprompt import batch_prediction
+    from polyprompt.report import Progress
+
     num_parts = batch_prediction.cut(work)
     parts = batch_prediction.missing(work, num_parts)
     settings = {

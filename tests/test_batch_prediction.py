@@ -208,6 +208,15 @@ def test_mistakes_are_one_clear_line(work: Work, trained_run: Path, job_here: Ca
     assert not work.folder.exists()
 
 
+def test_two_do_not_answer_into_one_output(work: Work, trained_run: Path, job_here: Callable[..., Any]) -> None:
+    arguments = ["--model", str(trained_run), "--input", str(work.input), "--output", str(work.output)]
+    with batch_prediction.claim(work):
+        status, _, said = job_here("predict", *arguments)
+    assert (status, "another process answers into it now" in said) == (1, True), said
+    assert not work.folder.exists()
+    assert job_here("predict", *arguments)[0] == 0
+
+
 @pytest.mark.ray
 def test_workers_give_the_same(work: Work, trained_run: Path, predictor: Predictor) -> None:
     answer_all(work, predictor)

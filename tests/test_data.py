@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from polyprompt.collation import IGNORED, Batch, collate, length_batches
+from polyprompt.collation import IGNORED, Batch, collate, frugal_batches, length_batches
 from polyprompt.data import Split, TaskData, majority, prepare
 from polyprompt.errors import DataError
 from polyprompt.reading import read_examples
@@ -345,6 +347,25 @@ def test_length_batches_hold_every_row_once_and_like_lengths() -> None:
     assert batches == [[1, 3], [4, 0], [2]]
     assert length_batches(np.array(lengths, dtype=np.int32), 2) == batches
     assert length_batches([], 2) == []
+
+
+@given(lengths=st.lists(st.integers(1, 30), max_size=9), size=st.integers(1, 9), cost=st.integers(0, 60))
+def test_batches_are_cut_where_that_saves_most(lengths: list[int], size: int, cost: int) -> None:
+    """Held against every way to cut each batch."""
+
+    def tokens(batches: list[list[int]]) -> int:
+        return sum(cost + len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    def ways(batch: list[int]) -> list[list[list[int]]]:
+        later = [[batch[:i], *rest] for i in range(1, len(batch)) for rest in ways(batch[i:])]
+        return [[batch], *later]
+
+    whole = length_batches(lengths, size)
+    found = frugal_batches(lengths, size, cost)
+    assert [i for batch in found for i in batch] == [i for batch in whole for i in batch]
+    assert all(len(batch) <= size for batch in found)
+    assert tokens(found) == sum(min(map(tokens, ways(batch))) for batch in whole)
+    assert frugal_batches(lengths, size, 10**6) == whole
 
 
 def test_majority_says_the_most_frequent_training_target(tmp_path: Path) -> None:

@@ -144,19 +144,21 @@ def _search(
     # Imported here because Ray, torch and MLflow take seconds: a typing mistake is answered before.
     from polyprompt import ray_train, study_tracking
     from polyprompt.plan import plan
-    from tuning import execution, packs, sampler, study_report
+    from tuning import execution, frozen_weights, packs, sampler, study_report
     from tuning.board import Board
     from tuning.trial import Trials
 
     config = search.config
     _check_identity(search, folder, resume)
     _room(search)
-    plan(search.run_config(search.samples(1)[0]), load=_load(search))
+    first = search.run_config(search.samples(1)[0])
+    checked = plan(first, load=_load(search))
+    shared_bytes = 0 if config.share_backbone or work else frozen_weights.room(first, checked.num_backbone_parameters)
     score = search.score or search.objectives[0]
     trials = Trials(folder / TRIALS, search.name, search.base, config.seeds, score.metric)
     known = _known(trials)
     write_whole(folder / IDENTITY, json.dumps(_identity(search), indent=1).encode())
-    with ray_train.cluster(0, [Path(__file__).resolve().parent]), _interruptible() as ending:
+    with ray_train.cluster(0, [Path(__file__).resolve().parent], shared_bytes=shared_bytes), _interruptible() as ending:
         room = _room(search)
         console.print(f"{search.name}: {room.text}", highlight=False, soft_wrap=True)
         study = _study(search, folder, known)
@@ -168,6 +170,8 @@ def _search(
         status: study_tracking.Status = "FAILED"
         try:
             training, source = _training(search, trials, parent), sampler.source(search, known)
+            if not config.share_backbone and work is None:
+                training = replace(training, weights=frozen_weights.hold(first))
             with board.shown():
                 if config.share_backbone:
                     assert work is None

@@ -28,6 +28,7 @@ from tuning.trial import Ended, Trials, Values, metrics, newest_state, scores
 
 if TYPE_CHECKING:
     from polyprompt.pack import Seat
+    from tuning.frozen_weights import FrozenWeights
 
 STEP = "step"
 #: Tag of a trial's tracking run: the params that change on the way.
@@ -50,13 +51,14 @@ class TrainTrial:
     """The work of a trial: the same training run as jobs/multitask.py, once for each seed.
 
     parent: the study's tracking run. experiment: the driver's, whose environment the trials may lack. changing: their
-    params change on the way.
+    params change on the way. weights: the backbone that the trials' processes share.
     """
 
     trials: Trials
     parent: RunHandle | None = None
     experiment: str = ""
     changing: bool = False
+    weights: "FrozenWeights | None" = None
 
     def __call__(
         self, number: int, params: Params, report: Report, until: int | None = None, seat: "Seat | None" = None
@@ -89,6 +91,7 @@ class TrainTrial:
                         stop=trials.stop_file(number),
                         tags=self._tags(number, params, seed),
                         seat=seat,
+                        load=self.weights.load if self.weights else None,
                     )
             except StoppedError:
                 if until is None or not trials.stop_file(number).is_symlink():

@@ -6,7 +6,7 @@ Letters: B rows of a batch, T input tokens, S target tokens, P prompt tokens, H 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,10 +167,12 @@ def load(
     train: bool | Literal["layer_norms"],
     precision: Literal["fp32", "bf16"],
     seed: int,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
     """Load the backbone on the CPU, in eval mode; the seed is for `init: random`.
 
     Frozen weights are stored in bf16 under that precision; trained ones stay fp32 and compute under autocast.
+    frozen: the frozen weights as an earlier load stored them, by name; they are used, not copied.
     Raises ConfigError naming the backbone, the cause and the mend.
     """
 
@@ -179,7 +181,7 @@ def load(
             return _random_model(model_config, config.attention, seed)
         return _load_model(config, source, model_config, origin)
 
-    return _backbone(config, make, train=train, precision=precision)
+    return _backbone(config, make, train=train, precision=precision, frozen=frozen)
 
 
 def shapes(
@@ -217,6 +219,7 @@ def _backbone(
     *,
     train: bool | Literal["layer_norms"],
     precision: Literal["fp32", "bf16"],
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
     """make: (folder or hub name, the model's config, revision and the like) → the model."""
     prompted_attention.register()
@@ -251,11 +254,12 @@ def _backbone(
     if train == "layer_norms":
         for norm in backbone.layer_norms():
             norm.requires_grad_()
-    if precision == "bf16" and train is not True:
-        # Not the buffers: rotary frequencies in bf16 would turn far tokens by the wrong angles.
-        for parameter in backbone.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+    # Not the buffers: rotary frequencies in bf16 would turn far tokens by the wrong angles.
+    for name, parameter in backbone.named_parameters():
+        if not parameter.requires_grad and frozen is not None:
+            parameter.data = frozen[name]
+        elif not parameter.requires_grad and precision == "bf16":
+            parameter.data = parameter.data.to(torch.bfloat16)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone.eval()

@@ -4,7 +4,8 @@
     <output>.parts/00000007.rows.jsonl    rows as read; of a row that could not be read the error, as text
     <output>.parts/00000007.answers.jsonl
 
-A part is written whole or not at all, so what was answered before an interruption is not answered again.
+A part is written whole or not at all, so what was answered before an interruption is not answered again. Who holds
+.<output>.lock works on them; the file stays.
 """
 
 import csv
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from polyprompt import checkpoint, sources
 from polyprompt.errors import ConfigError, DataError
@@ -59,6 +62,22 @@ class Work:
 
     def answers(self, part: int) -> Path:
         return self.folder / f"{part:08d}.{ANSWERS}"
+
+
+@contextmanager
+def claim(work: Work) -> Iterator[None]:
+    """Hold the output for this process. Raises ConfigError if another process answers into it now."""
+    try:
+        lock = FileLock(work.output.with_name(f".{work.output.name}.lock"), timeout=0).acquire()
+    except Timeout:
+        raise ConfigError(
+            f"--output {work.output} in use: another process answers into it now. Wait for it, or choose another "
+            "--output"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--output {work.output} cannot be written: {error}") from error
+    with lock:
+        yield
 
 
 def cut(work: Work) -> int:

@@ -53,3 +53,27 @@ def length_batches(lengths: Sequence[int] | npt.NDArray[np.int32], batch_size: i
     """Cut the indices into batches of like length, longest first: less padding, and too little memory shows at once."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def frugal_batches(lengths: Sequence[int], batch_size: int, batch_cost: int) -> list[list[int]]:
+    """As `length_batches`, but cut further where that saves more padding than another batch costs.
+
+    batch_cost: of a batch whatever its rows, in tokens. The cuts are the best there are (dynamic programming).
+    """
+    return [cut for batch in length_batches(lengths, batch_size) for cut in _cut(batch, lengths, batch_cost)]
+
+
+def _cut(batch: Sequence[int], lengths: Sequence[int], batch_cost: int) -> list[list[int]]:
+    """batch: indices, the longest first, so that a cut's first row says how long all of it are."""
+    # best[i]: the cost of the first i rows, and where the last cut of them starts.
+    best, starts = [(0, 0)], []
+    for end in range(1, len(batch) + 1):
+        if end == 1 or lengths[batch[end - 1]] < lengths[batch[end - 2]]:
+            starts.append(end - 1)
+        best.append(min((best[i][0] + batch_cost + (end - i) * lengths[batch[i]], i) for i in starts))
+    cuts, end = [], len(batch)
+    while end:
+        start = best[end][1]
+        cuts.append(list(batch[start:end]))
+        end = start
+    return cuts[::-1]

@@ -119,7 +119,7 @@ def _prompts(setting: Setting, seen: Analysis) -> Iterator[Part]:
             mean = sum(pair[0] for pair in pairs) / len(pairs)
             texts.append(
                 f"{stack.capitalize()}: mean {mean:.2f}; most alike {names[most[1]]} and {names[most[0]]} "
-                f"({high:.2f}), least {names[least[1]]} and {names[least[0]]} ({low:.2f})."
+                f"({high:.2f}), least {names[least[1]]} and {names[least[0]]} ({low:z.2f})."
             )
         figure = plots.heat(
             seen.similarity, names, dict.fromkeys(seen.similarity, names), name="cosine", low=-1.0, high=1.0
@@ -147,7 +147,7 @@ def _entropy(comparison: Comparison, looked_at: Mapping[int, Analysis]) -> Itera
     labels = {place: comparison.settings[place].label for place in lines}
     texts = [
         "Entropy of self-attention over the text alone, prompt keys left out, as a part of the highest there can be: a "
-        "mean over heads, queries that see more than one token, rows and tasks (first seed). That of `full` is of a "
+        "mean over heads, queries that see more than one token, rows and tasks (first seed). That of full is of a "
         "network without prompts."
     ]
     stacks = {stack for seen in lines.values() for stack in seen.entropy}

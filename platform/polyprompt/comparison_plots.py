@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from polyprompt.comparison import MEAN, Comparison, Setting
 from polyprompt.report import COLOURS, GREY, MARKERS
@@ -69,6 +69,7 @@ def _draw_front(axes: Axes, shown: Sequence[Setting], cost: Callable[[Setting], 
     costs = [x for x, _ in points]
     if max(costs) > 3 * min(costs):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if min(costs) >= 1000:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -147,7 +148,10 @@ def _draw_line(axes: Axes, runs: pd.DataFrame, place: int) -> None:
     style, few = look(place), len(runs) <= 12
     axes.plot(runs.index, runs.mean(axis=1), **style, markersize=4 if few else 0, linewidth=1.5)
     if runs.shape[1] > 1:
-        axes.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=style["color"], alpha=0.12, linewidth=0)
+        # The width is for a single point, whose area has none.
+        width = 4 if len(runs) == 1 else 0
+        lowest, highest = runs.min(axis=1), runs.max(axis=1)
+        axes.fill_between(runs.index, lowest, highest, color=style["color"], alpha=0.12, linewidth=width)
 
 
 def heat(
@@ -181,7 +185,7 @@ def heat(
             for (i, j), value in np.ndenumerate(table):
                 dark = abs(value) > 0.6 * max(abs(low), abs(high))
                 axes.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    j, i, f"{value:z.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
                 )
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=list(grid), label=name, shrink=0.9)

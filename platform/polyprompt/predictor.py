@@ -14,7 +14,7 @@ import torch
 from polyprompt import backbone as backbones
 from polyprompt import checkpoint, token_store
 from polyprompt.checkpoint import Bundle
-from polyprompt.collation import collate, length_batches
+from polyprompt.collation import collate, frugal_batches, length_batches
 from polyprompt.errors import BundleError, DataError, hint
 from polyprompt.model import input_limit
 from polyprompt.plan import Load, model_of
@@ -26,6 +26,8 @@ from polyprompt.tasks.records import Example, Task, TokenRow
 
 #: What a row says of itself beside the fields of its task.
 TASK, INPUT, CHOICES = "task", "input", "choices"
+#: What a batch costs on a CPU whatever its rows, in input tokens (of a small T5 in bf16: 8 ms, and 0.06 ms a token).
+BATCH_COST = 150
 log = logging.getLogger(__name__)
 
 
@@ -188,7 +190,11 @@ class Predictor:
         """Rows that are ranked and rows that are generated apart, each of like length together."""
         for ranked in (True, False):
             kind = [ask for ask in asks if (rank and bool(ask.choice_ids)) == ranked]
-            for indices in length_batches([len(ask.tokens.input_ids) for ask in kind], batch_size):
+            lengths = [len(ask.tokens.input_ids) for ask in kind]
+            # A GPU is not full of a part of a batch.
+            frugal = self.device.type == "cpu"
+            cuts = frugal_batches(lengths, batch_size, BATCH_COST) if frugal else length_batches(lengths, batch_size)
+            for indices in cuts:
                 yield [kind[i] for i in indices]
 
     @torch.inference_mode()

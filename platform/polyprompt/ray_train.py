@@ -36,7 +36,7 @@ from polyprompt import checkpoint, placement, progress, recording, retry, run_fo
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError, LostWorkersError, PolypromptError, StoppedError, StorageError, TrainingError
 from polyprompt.pack import Seat
-from polyprompt.plan import Plan, plan
+from polyprompt.plan import Load, Plan, plan
 from polyprompt.result import RunResult, write_whole
 from polyprompt.router_health import describe
 from polyprompt.run_folder import RunFolder
@@ -70,12 +70,14 @@ def run(
     stop: Path | None = None,
     tags: Mapping[str, str] | None = None,
     seat: Seat | None = None,
+    load: Load | None = None,
 ) -> RunResult:
     """Train one model on many tasks and leave a complete record of it.
 
     out: folder for result.json, tables and plots (None: runs/<name>). say: takes lines for the user. stop: a file whose
     appearance ends the run at its next logged step or bundle. tags: further tags of the tracking run. seat: the run's
-    place among others that share its backbone, held by this thread.
+    place among others that share its backbone, held by this thread. load: in place of backbone.load, in every
+    process of the run.
     A run that was stopped goes on from its newest bundle; a finished one is returned as it is.
     Raises ConfigError, DataError, BundleError or TrackingError before training, TrainingError or StoppedError from it.
     """
@@ -88,9 +90,9 @@ def run(
         return RunResult.read(place.result)
     if config.compute.use_gpu and config.compute.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("compute.use_gpu=true, but torch sees no GPU here; set compute.use_gpu=false")
-    checked = plan(config, checkpoint.newest(place.bundles), seat.pack.load if seat else None)
+    checked = plan(config, checkpoint.newest(place.bundles), seat.pack.load if seat else load)
     with run_folder.claim(place):
-        result = _run(config, place, checked, say, stop, tags or {}, seat)
+        result = _run(config, place, checked, say, stop, tags or {}, seat, load)
     # A search registers its best run itself.
     if config.tracking.register_model and PARENT not in (tags or {}):
         recording.register(config, place, say)
@@ -105,6 +107,7 @@ def _run(
     stop: Path | None,
     tags: Mapping[str, str],
     seat: Seat | None,
+    load: Load | None,
 ) -> RunResult:
     digests = {task.task.name: task.digest for task in checked.data}
     rows = {task.task.name: task.rows_digest for task in checked.data}
@@ -124,7 +127,7 @@ def _run(
     closing: dict[str, float] = {}
     flags: dict[str, str] = {}
     try:
-        job = Job(config=config, folder=place.folder, handle=handle, commit=commit, stop=stop)
+        job = Job(config=config, folder=place.folder, handle=handle, commit=commit, stop=stop, load=load)
         where = f"{config.compute.workers} Ray workers" if config.compute.num_workers else "this process"
         say(f"Run {place.name}: {config.method.name} on {config.backbone.name}, {len(config.tasks)} tasks, in {where}")
         with progress.show(place, config.train.max_steps), on_sigterm(place.folder) as listen:
@@ -304,10 +307,11 @@ def release(folder: Path) -> None:
 
 
 @contextmanager
-def cluster(num_cpus: int, py_modules: Sequence[Path] = ()) -> Iterator[None]:
+def cluster(num_cpus: int, py_modules: Sequence[Path] = (), *, shared_bytes: int = 0) -> Iterator[None]:
     """Join the cluster of $RAY_ADDRESS, or the one this process is in, or start one on this machine and end it.
 
     num_cpus: that one started here has at least. py_modules: packages that the workers need beside this one.
+    shared_bytes: what its object store has room for beside the little that passes through it.
     """
     import ray
 
@@ -327,7 +331,7 @@ def cluster(num_cpus: int, py_modules: Sequence[Path] = ()) -> Iterator[None]:
             address="local",
             num_cpus=max(num_cpus, os.cpu_count() or 1),
             include_dashboard=False,
-            object_store_memory=100 * 2**20,  # nothing of ours passes through it
+            object_store_memory=100 * 2**20 + shared_bytes,
             runtime_env=environment,
             log_to_driver=False,
             logging_level=logging.WARNING,

@@ -32,7 +32,7 @@ from polyprompt.loop import Scores, TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.pack import Seat
-from polyprompt.plan import build
+from polyprompt.plan import Load, build
 from polyprompt.result import write_whole
 from polyprompt.run_folder import BUNDLES, RUN
 from polyprompt.stopping import STOP
@@ -58,6 +58,8 @@ class Job:
     commit: str = ""
     #: A file whose appearance ends the run.
     stop: Path | None = None
+    #: As of plan.build.
+    load: Load | None = None
 
     @property
     def bundles(self) -> Path:
@@ -228,7 +230,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
 def _start(job: Job, device: torch.device, workers: Workers, seat: Seat | None) -> Start:
     """Build everything and put it where the newest whole bundle says."""
     bundle = checkpoint.newest(job.bundles)
-    model, data = build(job.config, bundle, seat.pack.load if seat else None)
+    model, data = build(job.config, bundle, seat.pack.load if seat else job.load)
     identity = model.backbone.identity()  # of the weights before any training
     if job.config.compute.strategy == "fsdp":
         sharding.shard(model, job.config.train.precision, device, workers.num)
