@@ -17,8 +17,9 @@ Backbone = Literal["t5-base", "t5-small", "smollm2", "embedded"]
 Precision = Literal["fp32", "bf16"]
 #: Tokens of every input, or whose real rows.
 Lengths = PositiveInt | Literal["superglue", "glue", "mixture", "choices"]
-#: train: a step of the optimizer. forward: the loss without gradients. rank: the choices' likelihoods. generate: greedy.
-#: evaluate_…: the same through polyprompt's own evaluation, with scores. gemm: the matrix products of such a model alone.
+#: train: a step of the optimizer. forward: the loss without gradients. rank: the choices' likelihoods. generate: greedy
+#: answers. evaluate_…: the same through polyprompt's own evaluation, with scores. gemm: the matrix products of such a
+#: model alone.
 Kind = Literal["train", "forward", "rank", "generate", "evaluate_rank", "evaluate_generate", "gemm"]
 #: ours: polyprompt's model. plain: transformers' own class, all of it trained. peft_…: PEFT's, the backbone frozen.
 Side = Literal["ours", "plain", "peft_prompt_tuning", "peft_prefix_tuning", "peft_lora"]
@@ -36,7 +37,7 @@ class Case(Section):
     side: Side = "ours"
     loop: Loop = "bare"
     #: As in a recipe; of side=ours.
-    method: dict[str, Any] = {"name": "full"}
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "full"})
     backbone: Backbone = "t5-base"
     precision: Precision = "fp32"
     lengths: Lengths = 256
@@ -52,6 +53,10 @@ class Case(Section):
     #: Prompts computed once and for all, as they are served.
     folded: bool = False
     trials: PositiveInt = 1
+    #: Processes that share the global batch; of loop=fit.
+    workers: PositiveInt = 1
+    #: Of each worker. None: the benchmark's.
+    threads: PositiveInt | None = None
     #: Weights that were trained for a moment, so that the model has answers at all.
     trained: bool = False
 

@@ -15,8 +15,8 @@ from benchmarks.cases import Case
 from benchmarks.meter import Done, Meter, count_flops, mixed_precision
 from benchmarks.rows import micro_batches, num_padded_tokens
 from benchmarks.setting import SHAPES, Setting
+from polyprompt import costs
 from polyprompt.backbone import EMBEDDED
-from polyprompt.costs import inference_flops
 from polyprompt.errors import PolypromptError
 
 #: Products large enough to be as fast as any.
@@ -28,7 +28,7 @@ def work(connection: Connection, case: Case, setting: Setting) -> None:
 
     A fault is sent as {"error": text}.
     """
-    torch.set_num_threads(setting.threads)
+    torch.set_num_threads(case.threads or setting.threads)
     logging.disable_progress_bar()
     meter = Meter(connection, setting.device, {}, memory=case.loop not in ("pack", "in_turn"))
     try:
@@ -65,8 +65,10 @@ def _work(case: Case, setting: Setting, meter: Meter) -> None:
         loops.inference(case, subject, meter)
     elif case.loop == "bare":
         loops.bare(subject, meter)
+    elif case.workers > 1:
+        loops.shared(case, subject, setting, meter)
     elif case.loop == "fit":
-        loops.fitted(subject, meter)
+        loops.clocked(subject, meter)
     else:
         loops.tracked(subject, meter, Path(setting.out) / "tracked" / case.name.replace("/", "_"))
 
@@ -93,11 +95,12 @@ def facts(case: Case, subject: subjects.Subject, device: str) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in subject.trained),
     }
     if subject.model is not None:
-        closed = sum(
-            len(micro.task_B) * inference_flops(subject.model, micro.input_ids_BT.shape[1], micro.labels_BS.shape[1])
-            for micro in counted
-        )
-        found["closed_inference_flops"] = closed / rows
+        shapes = [(len(m.task_B), m.input_ids_BT.shape[1], m.labels_BS.shape[1]) for m in counted]
+        whole = subject.config.train_backbone is True
+        inference = sum(n * costs.inference_flops(subject.model, *lengths) for n, *lengths in shapes)
+        step = sum(n * costs.training_flops(subject.model, *lengths, whole=whole) for n, *lengths in shapes)
+        found |= {"closed_inference_flops": inference / rows, "closed_step_flops": step / len(made)}
+        found["hidden"] = subject.model.backbone.dims(1).hidden
     if case.kind == "train":
         found["step_flops"] = training_flops(case, subject, device)
     return found

@@ -1,17 +1,19 @@
 """The loops in which a case computes its batches, each behind a meter."""
 
+import multiprocessing
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from benchmarks.cases import Case
 from benchmarks.meter import Done, Meter, mixed_precision
-from benchmarks.rows import choices_of, micro_batches
+from benchmarks.rows import Own, choices_of, micro_batches
 from benchmarks.setting import Setting
 from benchmarks.subjects import Subject, build
 from polyprompt import tracking
@@ -90,26 +92,71 @@ def bare(subject: Subject, meter: Meter) -> None:
             meter.arrived()
 
 
-def fitted(subject: Subject, meter: Meter, *, optim: MeteredOptim | None = None, seat: Seat | None = None,
-           reporter: Reporter | None = None) -> None:  # fmt: skip
+def fitted(
+    subject: Subject,
+    optim: MeteredOptim,
+    reporter: Reporter,
+    seat: Seat | None = None,
+) -> None:
     """polyprompt's own loop, which makes its batches as it goes."""
     model, config = subject.model, subject.config
     assert model is not None
-    if optim is None:
-        optim = metered(subject, meter.before_optimizer, meter.arrived)
-        meter.begin()
+    workers = Workers(config.train.num_shards, config.compute.gradient_sum)
     fit(
         model,
-        subject.batches,  # type: ignore[arg-type]  # it asks for batches by number, no more
+        Own(subject.batches, workers.shards),  # type: ignore[arg-type]  # it asks for batches by number, no more
         optim,
         tasks=config.task_names,
         config=config,
-        workers=Workers(config.train.num_shards, config.compute.gradient_sum),
+        workers=workers,
         evaluate=_never,
-        reporter=reporter or Losses(meter.losses.setdefault(0, [])),
+        reporter=reporter,
         state=TrainState(),
         together=seat,
     )
+
+
+def clocked(subject: Subject, meter: Meter, reporter: Reporter | None = None) -> None:
+    """The same behind a meter. reporter: None: one that keeps the losses."""
+    optim = metered(subject, meter.before_optimizer, meter.arrived)
+    meter.begin()
+    fitted(subject, optim, reporter or Losses(meter.losses.setdefault(0, [])))
+
+
+def shared(case: Case, subject: Subject, setting: Setting, meter: Meter) -> None:
+    """The same in several processes that share the global batch, as Ray's workers do; this one is the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    context = multiprocessing.get_context("spawn")
+    peers = [
+        context.Process(target=_peer, args=(case, setting, rank, address), daemon=True)
+        for rank in range(1, case.workers)
+    ]
+    for peer in peers:
+        peer.start()
+    try:
+        dist.init_process_group("gloo", init_method=address, rank=0, world_size=case.workers)
+
+        def behind() -> None:
+            meter.arrived()
+            dist.barrier()
+
+        optim = metered(subject, meter.before_optimizer, behind)
+        meter.begin()
+        fitted(subject, optim, Losses(meter.losses.setdefault(0, [])))
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.join()
+
+
+def _peer(case: Case, setting: Setting, rank: int, address: str) -> None:
+    torch.set_num_threads(case.threads or setting.threads)
+    subject = build(case, setting)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=case.workers)
+    # It waits behind each step until the first worker goes on, so that it computes nothing in another case's turn.
+    fitted(subject, metered(subject, _nothing, dist.barrier), Losses([]))
 
 
 def metered(subject: Subject, before: Callable[[], None], behind: Callable[[], None]) -> MeteredOptim:
@@ -138,7 +185,7 @@ def tracked(subject: Subject, meter: Meter, folder: Path) -> None:
     assert interval is not None
     try:
         with SystemMetrics(mlflow, node="rank0", interval_seconds=interval):
-            fitted(subject, meter, reporter=reporter)
+            clocked(subject, meter, reporter)
     finally:
         jsonl.close()
         mlflow.close()
@@ -158,7 +205,7 @@ def trials(case: Case, setting: Setting, meter: Meter) -> None:
             def behind() -> None:
                 if case.loop == "in_turn" and not last:
                     batons[number + 1].release()
-                if (first if case.loop == "pack" else last):
+                if first if case.loop == "pack" else last:
                     meter.arrived()
                 if meter.over:
                     raise Done
@@ -172,7 +219,7 @@ def trials(case: Case, setting: Setting, meter: Meter) -> None:
             def work(seat: Seat | None) -> None:
                 before = meter.before_optimizer if (first if case.loop == "pack" else last) else _nothing
                 optim = metered(subjects[number], before, behind)
-                fitted(subjects[number], meter, optim=optim, seat=seat, reporter=Losses(losses))
+                fitted(subjects[number], optim, Losses(losses), seat)
 
             try:
                 if case.loop == "pack":
@@ -269,5 +316,3 @@ def gemm(case: Case, shapes: Sequence[tuple[int, int, int]], meter: Meter) -> No
             best = max(best, 2 * a_MK.numel() * len(b_NK) / sorted(seconds)[2])
         meter.rates.append(best)
         meter.arrived()
-
-

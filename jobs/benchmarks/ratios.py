@@ -152,9 +152,7 @@ def _quick(group: Group) -> Group:
     return group.model_copy(update={"cases": [small(case) for case in group.cases], "turns": 2})
 
 
-def _ratio(
-    name: str, group: str, pair: tuple[str, str], quantity: Quantity, direction: Any, bound: float
-) -> Ratio:
+def _ratio(name: str, group: str, pair: tuple[str, str], quantity: Quantity, direction: Any, bound: float) -> Ratio:
     return Ratio(
         name=name, group=group, numerator=pair[0], denominator=pair[1], quantity=quantity, direction=direction,
         bound=bound,

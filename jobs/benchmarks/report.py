@@ -15,8 +15,9 @@ from polyprompt.result import write_whole
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 RATIO_HEADINGS = ("Ratio", "Measured", "Range over turns", "Bound", "Met")
 CASE_HEADINGS = (
-    "Case", "Step, s", "Range", "Examples/s", "Real tokens/s", "GFLOP/example", "Inference GFLOP", "Closed form ÷ counted",
-    "Of GEMM", "Above backbone, MiB", "All tensors, MiB", "Resident peak, MiB",
+    "Case", "Step, s", "Range", "Examples/s", "Real tokens/s", "GFLOP/example", "Inference GFLOP",
+    "Closed form ÷ counted", "Of GEMM", "Above backbone, MiB", "All tensors, MiB",
+    "Without activations, MiB", "Resident peak, MiB",
 )  # fmt: skip
 Row = tuple[str, ...]
 
@@ -24,6 +25,11 @@ Row = tuple[str, ...]
 def ratios(results: Results) -> list[Found]:
     """Return the ratios whose groups were measured."""
     return [one for ratio in RATIOS if (one := found(ratio, results.groups)) is not None]
+
+
+def _shown(results: Results) -> list[tuple[str, tuple[Group, list[Measured]]]]:
+    """The groups whose figures are not in a table of their own."""
+    return [(name, found) for name, found in results.groups.items() if len(found[1]) > 1]
 
 
 def ratio_row(one: Found) -> Row:
@@ -37,11 +43,8 @@ def case_row(measured: Measured, gemm: Measured | None) -> Row:
     facts = measured.facts
     if measured.case.kind == "gemm":
         rate = Spread.of([rate / 1e9 for rate in measured.rates])
-        return measured.case.name, "", f"{rate.low:.0f} to {rate.high:.0f} GFLOP/s", *[""] * 9
+        return measured.case.name, "", f"{rate.low:.0f} to {rate.high:.0f} GFLOP/s", *[""] * 10
     seconds, speed = Spread.of(measured.step_seconds), Spread.of(measured.examples_per_second).median
-
-    def mib(key: str, value: float | None = None) -> str:
-        return f"{(facts[key] if value is None else value) / 2**20:.0f}" if key in facts else ""
 
     used = ""
     if gemm is not None and "step_flops" in facts:
@@ -57,14 +60,20 @@ def case_row(measured: Measured, gemm: Measured | None) -> Row:
         "" if counted is None else f"{counted / 1e9:.3g}",
         "" if counted is None or closed is None else f"{closed / counted:.3f}",
         used,
-        mib("method_bytes", measured.above_backbone_bytes if _has_memory(measured) else 0) if _has_memory(measured) else "",
-        mib("method_bytes", total_bytes(measured)) if _has_memory(measured) else mib("held_bytes"),
-        mib("peak_resident_bytes"),
+        *_memory(measured),
     )
 
 
-def _has_memory(measured: Measured) -> bool:
-    return {"method_bytes", "peak_step_bytes"} <= measured.facts.keys()
+def _memory(measured: Measured) -> Row:
+    """Above the backbone, in all, without activations, resident; MiB."""
+    facts, whole = measured.facts, {"method_bytes", "peak_step_bytes"} <= measured.facts.keys()
+    sizes = (
+        measured.above_backbone_bytes if whole else None,
+        total_bytes(measured) if whole else None,
+        facts.get("held_bytes"),
+        facts.get("peak_resident_bytes"),
+    )
+    return tuple("" if size is None else f"{size / 2**20:.0f}" for size in sizes)
 
 
 def group_rows(measured: Sequence[Measured]) -> Iterator[Row]:
@@ -84,8 +93,10 @@ def describe(group: Group) -> str:
 
 def tables(results: Results) -> Iterator[Table]:
     """Yield the closing tables of the terminal."""
-    for name, (group, measured) in results.groups.items():
+    for name, (group, measured) in _shown(results):
         yield _table(f"{name}: {describe(group)}", *_without_empty(CASE_HEADINGS, list(group_rows(measured))))
+    for title, (headings, cells) in results.tables.items():
+        yield _table(title, tuple(headings), [tuple(row) for row in cells])
     if rows := [ratio_row(one) for one in ratios(results)]:
         yield _table("Ratios", RATIO_HEADINGS, rows)
 
@@ -110,9 +121,11 @@ def markdown(results: Results, command: str) -> str:
     text = [f"{_where(results.machine)}\n\n    {command}\n"]
     if rows := [ratio_row(one) for one in ratios(results)]:
         text += ["### Ratios\n", _markdown(RATIO_HEADINGS, rows)]
-    for name, (group, measured) in results.groups.items():
+    for name, (group, measured) in _shown(results):
         headings, rows = _without_empty(CASE_HEADINGS, list(group_rows(measured)))
         text += [f"### {name[0].upper()}{name[1:]}\n", f"{describe(group)}\n", _markdown(headings, rows)]
+    for title, (own_headings, cells) in results.tables.items():
+        text += [f"### {title}\n", _markdown(tuple(own_headings), [tuple(row) for row in cells])]
     return "\n".join(text)
 
 

@@ -39,8 +39,8 @@ class Measured(Section):
     case: Case
     facts: dict[str, float]
     seconds: list[list[float]]
-    rates: list[float] = []
-    losses: list[list[float]] = []
+    rates: list[float]
+    losses: list[list[float]]
 
     @property
     def step_seconds(self) -> list[float]:
@@ -91,13 +91,17 @@ class Machine(Section):
 
 
 class Results(Section):
-    """All that was measured. groups: by name, as they were and what was found."""
+    """All that was measured. groups: by name, as they were and what was found. tables: by title, headings and rows."""
 
     machine: Machine
-    groups: dict[str, tuple[Group, list[Measured]]] = {}
+    groups: dict[str, tuple[Group, list[Measured]]]
+    tables: dict[str, tuple[list[str], list[list[str]]]]
 
     def with_group(self, group: Group, measured: Sequence[Measured]) -> "Results":
         return self.model_copy(update={"groups": {**self.groups, group.name: (group, list(measured))}})
+
+    def with_table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Results":
+        return self.model_copy(update={"tables": {**self.tables, title: (list(headings), [list(row) for row in rows])}})
 
     def has(self, group: Group) -> bool:
         return group.name in self.groups and self.groups[group.name][0] == group
@@ -176,4 +180,3 @@ def _processor(device: str) -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-

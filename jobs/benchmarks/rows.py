@@ -92,6 +92,18 @@ class Repeated:
         return replace(self.batches[(step - 1) % self.number + 1], step=step)
 
 
+@dataclass(frozen=True)
+class Own:
+    """A worker's shards of others' batches."""
+
+    batches: Numbered
+    shards: Sequence[int]
+
+    def __getitem__(self, step: int) -> GlobalBatch:
+        whole = self.batches[step]
+        return replace(whole, shards=tuple(shard for shard in whole.shards if shard.number in self.shards))
+
+
 def batches_of(case: Case, config: RunConfig, data: Sequence[AnyData] | None, pad_id: int) -> Repeated:
     """Return a case's batches. data: None where its rows are made."""
     if data is None:
@@ -123,5 +135,3 @@ def choices_of(batch: GlobalBatch, data: Sequence[AnyData] | None) -> list[list[
                 own.append(known or [target])
             found.append(own)
     return found
-
-

@@ -12,8 +12,8 @@ from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError
 from polyprompt.recipe import check
 
-#: config.json of models whose shape is measured; the weights are random. Vocabularies are the models' own, the tokenizer
-#: is the embedded one: its 8,192 pieces cut a text into more tokens than T5's 32,000 would.
+#: config.json of models whose shape is measured; the weights are random. Vocabularies are the models' own, the
+#: tokenizer is the embedded one: its 8,192 pieces cut a text into more tokens than T5's 32,000 would.
 SHAPES: dict[Backbone, dict[str, Any]] = {
     "t5-base": {
         "model_type": "t5", "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_heads": 12, "num_layers": 12,
@@ -49,7 +49,8 @@ TASKS = {
 }
 #: Enough for every batch here; a run would go on.
 ENDLESS = 10**9
-VALIDATION_ROWS = 48
+#: Of each task: what a limit of examples-proportional mixing leaves of the large ones, and enough to score.
+TRAIN_ROWS, VALIDATION_ROWS = 2000, 48
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def config_of(case: Case, setting: Setting) -> RunConfig:
             "data": {
                 "root": str(setting.data) if case.real else None,
                 "max_input_tokens": case.lengths if isinstance(case.lengths, int) else None,
+                "max_train_examples": TRAIN_ROWS,
                 "max_validation_examples": VALIDATION_ROWS,
             },
             # The mixture is that of the examples; a single benchmark's tasks are drawn alike.

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks.cases import Case
 from benchmarks.rows import Repeated, batches_of
 from benchmarks.setting import Setting, config_of
-from polyprompt import checkpoint, folding, plan
 from polyprompt import backbone as backbones
+from polyprompt import checkpoint, folding, plan
 from polyprompt.backbone_base import Backbone
 from polyprompt.collation import IGNORED, Batch
 from polyprompt.config import RunConfig
@@ -50,7 +50,8 @@ class Subject:
 def build(case: Case, setting: Setting, load: plan.Load | None = None) -> Subject:
     """Build what computes a case. load: of a backbone that trials share. Raises ConfigError, DataError."""
     config = config_of(case, setting)
-    loaded = _trained(setting) if case.trained else plan.model_of(config, len(config.tasks), load=load or backbones.load)
+    num_tasks, load = len(config.tasks), load or backbones.load
+    loaded = _trained(setting) if case.trained else plan.model_of(config, num_tasks, load=load)
     data = _data(case, config, loaded)
     batches = batches_of(case, config, data, loaded.backbone.tokenizer.pad_token_id)
     if case.side == "ours":
@@ -119,7 +120,7 @@ def _peft(case: Case, plain: nn.Module) -> nn.Module:
         import peft
     except ImportError:
         raise ConfigError(
-            f"{case.name!r} measures PEFT, which is not installed: pip install 'polyprompt[peft]', or leave the case out"
+            f"{case.name!r} measures PEFT, which is not installed: pip install 'polyprompt[peft]', or leave it out"
         ) from None
     encoder = hasattr(plain, "encoder")
     kind: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM" if encoder else "CAUSAL_LM"}

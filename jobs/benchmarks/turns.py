@@ -27,7 +27,9 @@ class Process:
         # spawn: torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=child.work, args=(theirs, case, setting), daemon=True)
+        self.process: BaseProcess = context.Process(target=child.work, args=(theirs, case, setting))
+        # One with workers starts processes itself, which a daemon may not.
+        self.process.daemon = case.workers == 1
         self.process.start()
         theirs.close()
         self.seconds: list[list[float]] = []
@@ -97,5 +99,3 @@ def measure(group: Group, setting: Setting, passed: Callable[[str], None]) -> Se
 def num_parts(group: Group) -> int:
     """Return how often `measure` calls `passed`."""
     return len(group.cases) * (1 + group.turns)
-
-

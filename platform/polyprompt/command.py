@@ -84,4 +84,5 @@ def dry_run(config: RunConfig, out: Path | None) -> None:
     print(config.to_yaml())
     for table in plan_report.tables(checked):
         Console().print(table)
+    print(plan_report.time_line(checked, config))
     print(f"Workers: {ray_train.where(config)}")

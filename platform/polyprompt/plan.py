@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import checkpoint, fingerprint, folding, later_tasks, methods, source_prompts, starts
+from polyprompt import checkpoint, fingerprint, folding, later_tasks, methods, source_prompts, starts, step_time
 from polyprompt.backbone_base import Backbone
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
 from polyprompt.config import RunConfig
-from polyprompt.costs import inference_flops, median_lengths
+from polyprompt.costs import inference_flops, median_lengths, training_flops
 from polyprompt.data import AnyData, majority, prepare
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import Method
@@ -28,7 +28,7 @@ Load = Callable[..., Backbone]
 @dataclass(frozen=True)
 class Plan:
     """A checked run. backbone: its identity. inference_flops: of one row of median length. memory_bytes: estimated,
-    one worker's, by part. shares: of the mixture."""
+    one worker's, by part. step: what a training step of mean length has to do. shares: of the mixture."""
 
     backbone: Mapping[str, Any]
     data: Sequence[AnyData]
@@ -37,6 +37,7 @@ class Plan:
     num_backbone_parameters: int
     inference_flops: int
     memory_bytes: Mapping[str, int]
+    step: step_time.Load
     shares: Mapping[str, float]
     majority: Mapping[str, Mapping[str, float]]
 
@@ -164,9 +165,29 @@ def plan(config: RunConfig, bundle: Bundle | None = None, load: Load | None = No
         num_backbone_parameters=counts.backbone,
         inference_flops=inference_flops(model, *median_lengths(data)),
         memory_bytes=memory(config, model, data),
+        step=_step(config, model, data, mixture.realised_shares()),
         shares=dict(zip(names, mixture.realised_shares(), strict=True)),
         majority={task.task.name: majority(task) for task in data},
     )
+
+
+def _step(config: RunConfig, model: PromptedModel, data: Sequence[AnyData], shares: Sequence[float]) -> step_time.Load:
+    """Return the load of a step: each task's rows at their mean length, padding left out."""
+    whole = config.train_backbone is True
+    flops = sum(
+        share * training_flops(model, *_mean_lengths(task), whole=whole)
+        for task, share in zip(data, shares, strict=True)
+        if share > 0
+    )
+    trained = sum(p.numel() for members in model.named_groups().values() for _, p in members)
+    return step_time.load(
+        config, flops_of_a_row=flops, hidden=model.backbone.dims(1).hidden, num_trained_parameters=trained
+    )
+
+
+def _mean_lengths(task: AnyData) -> tuple[int, int]:
+    inputs, targets = task.train.input_lengths, task.train.target_lengths
+    return round(float(inputs.mean())), round(float(targets.mean()))
 
 
 def memory(config: RunConfig, model: PromptedModel, data: Sequence[AnyData]) -> dict[str, int]:
