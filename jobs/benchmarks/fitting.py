@@ -39,7 +39,7 @@ HEADINGS = ("Step", "Measured, s", "Estimated, s", "Error")
 
 
 def groups(precision: Any, threads: int, num_cpus: int) -> list[Group]:
-    """Return the steps of one precision, each alone; those of more workers than the machine has room for are left out."""
+    """Return the steps of one precision, each alone; those of more workers than the machine holds are left out."""
     points = [(True, point) for point in FITTED] + [(False, point) for point in HELD_OUT]
     cases = [
         Case(

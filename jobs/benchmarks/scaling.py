@@ -35,7 +35,8 @@ def groups() -> list[Group]:
     made = []
     for label, method in (("SMoP", METHODS["smop"]), ("full tuning", METHODS["full"])):
         common: dict[str, Any] = {
-            "loop": "fit", "backbone": "t5-small", "method": method, "lengths": 128, "rows": 8, "shards": 2, "threads": 1,
+            "loop": "fit", "backbone": "t5-small", "method": method, "lengths": 128, "rows": 8, "shards": 2,
+            "threads": 1,
         }  # fmt: skip
         cases = [Case(name=f"{n} worker{'s'[: n - 1]}", workers=n, **common) for n in (1, 2)]
         made.append(Group(name=f"workers, {label}", cases=cases, turns=5))

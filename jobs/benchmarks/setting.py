@@ -109,7 +109,11 @@ def config_of(case: Case, setting: Setting) -> RunConfig:
                 "logging_steps": 10 if case.loop == "tracked" else 1,
             },
             "evaluate": {"batch_size": case.rows},
-            "compute": {"num_workers": 0, "cpus_per_worker": setting.threads, "use_gpu": setting.device == "cuda"},
+            "compute": {
+                "num_workers": 0,
+                "cpus_per_worker": case.threads or setting.threads,
+                "use_gpu": setting.device == "cuda",
+            },
             "tracking": {"enabled": case.loop == "tracked", "uri": f"sqlite:///{setting.out / 'mlflow.db'}"},
         }
     )
