@@ -25,7 +25,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+ROOT = Path(__file__).resolve().parents[1]
+# jobs/ too: the server that starts the processes imports this file without its folder.
+sys.path[:0] = [str(ROOT / "platform"), str(ROOT / "jobs")]
 
 import torch
 from benchmarks import cases, fitting, ratios, report, scaling, turns
@@ -40,7 +42,6 @@ from polyprompt.command import exit_status, positive
 from polyprompt.errors import ConfigError, PolypromptError
 from polyprompt.report import Progress
 
-ROOT = Path(__file__).resolve().parents[1]
 #: Steps that give the embedded backbone's prompts answers at all, for the cases that need some.
 TRAINED_STEPS = 60
 
@@ -166,7 +167,7 @@ class Benchmark:
 def trained(out: Path, threads: int) -> Path:
     """Train prompts for a moment, once; return the run's folder."""
     folder = out / "trained"
-    process = multiprocessing.get_context("spawn").Process(target=_train, args=(folder, threads), daemon=True)
+    process = multiprocessing.get_context("forkserver").Process(target=_train, args=(folder, threads), daemon=True)
     process.start()
     process.join()
     if process.exitcode:

@@ -24,8 +24,8 @@ class Process:
 
     def __init__(self, case: Case, setting: Setting) -> None:
         self.case = case
-        # spawn: torch's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
+        # Imports are done once, in a server that has computed nothing: torch's threads do not survive a fork.
+        context = multiprocessing.get_context("forkserver")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=child.work, args=(theirs, case, setting))
         # One with workers starts processes itself, which a daemon may not.
