@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 # jobs/ too: the server that starts the processes imports this file without its folder.
-sys.path[:0] = [str(ROOT / "platform"), str(ROOT / "jobs")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 import torch
 from benchmarks import cases, fitting, ratios, report, scaling, turns
@@ -42,6 +42,7 @@ from polyprompt.command import exit_status, positive
 from polyprompt.errors import ConfigError, PolypromptError
 from polyprompt.report import Progress
 
+ROOT = Path(__file__).resolve().parents[1]
 #: Steps that give the embedded backbone's prompts answers at all, for the cases that need some.
 TRAINED_STEPS = 60
 

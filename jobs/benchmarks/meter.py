@@ -120,7 +120,8 @@ def live_tensor_bytes() -> int:
     """Return the bytes of all tensors that Python knows of and their gradients, each storage once."""
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        # Not isinstance, which asks objects for their __class__: some warn.
+        if issubclass(type(thing), torch.Tensor):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.device.type != "meta":
                     storage = tensor.untyped_storage()
