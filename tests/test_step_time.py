@@ -1,12 +1,15 @@
 """The model of a step's time: it finds known constants again, and a dry run says what it knows."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from polyprompt import step_time
+from polyprompt import plan_report, step_time
 from polyprompt.errors import ConfigError, DataError
+from polyprompt.plan import plan
+from polyprompt.recipe import check
 from polyprompt.step_time import Load, Rates, StepTime
 
 KNOWN = StepTime(per_flop=1.3e-11, per_flop_by_hidden=2e-9, per_pass=4e-3, per_trained_byte=3e-10, per_sent_byte=1.5e-9)
@@ -47,7 +50,7 @@ def test_too_few_steps_are_refused() -> None:
 def test_rates_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     assert step_time.read(path) is None
-    rates = Rates(machine="a machine", fits={}).with_fits({step_time.key("cpu", "fp32", 2): KNOWN})
+    rates = Rates(machine="a machine", fits={}).with_fits({"fp32, 2 threads": KNOWN})
     step_time.write(path, rates)
     assert step_time.read(path) == rates
     path.write_text('{"machine": 3}')
@@ -56,3 +59,24 @@ def test_rates_are_kept(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(DataError, match="holds no measured rates"):
         step_time.read(path)
+
+
+def test_a_dry_run_estimates_by_what_was_measured(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = check(small_run)
+    checked = plan(config)
+    load = checked.step
+    assert (load.passes, load.workers) == (4, 1)
+    assert load.trained_bytes == 4 * checked.num_trained_parameters
+    unknown = plan_report.time_line(checked, config)
+    assert "no rates were measured here for fp32, 1 thread. Measure them: python jobs/benchmark.py --fit" in unknown
+    known = KNOWN.model_copy(update={"per_pass": 1.0, "held_out_error": 0.07})
+    step_time.write(step_time.file(), Rates(machine="this machine", fits={"fp32, 1 thread": known}))
+    said = plan_report.time_line(checked, config)
+    # 12 steps of 4 passes of a second.
+    assert "about 0:00:48 to train 12 steps of 4 s" in said
+    assert "rates measured on this machine: fp32, 1 thread, within 7% on steps held out" in said
+    other = check({**small_run, "compute": {"cpus_per_worker": 2}})
+    assert "for fp32, 2 threads (there are: fp32, 1 thread)" in plan_report.time_line(checked, other)
