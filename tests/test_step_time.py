@@ -72,7 +72,7 @@ def test_a_dry_run_estimates_by_what_was_measured(
     assert load.trained_bytes == 4 * checked.num_trained_parameters
     unknown = plan_report.time_line(checked, config)
     assert "no rates were measured here for fp32, 1 thread. Measure them: python jobs/benchmark.py --fit" in unknown
-    known = KNOWN.model_copy(update={"per_pass": 1.0, "held_out_error": 0.07})
+    known = StepTime(**dict.fromkeys(StepTime.model_fields, 0.0) | {"per_pass": 1.0, "held_out_error": 0.07})
     step_time.write(step_time.file(), Rates(machine="this machine", fits={"fp32, 1 thread": known}))
     said = plan_report.time_line(checked, config)
     # 12 steps of 4 passes of a second.

@@ -45,17 +45,17 @@ SAME_CURVE = 1e-3
 def groups(quick: bool = False) -> list[Group]:
     """Return the groups behind RATIOS. quick: small ones of the same cases, to try the command out: not for figures."""
     made = [
-        _group("platform cost", _cost("t5-base", FULL, "plain", rows=8, shards=2), turns=5),
+        _group("platform cost", _cost("t5-base", FULL, "plain", rows=4, shards=2), turns=4),
         _group("platform cost, small steps", _cost("embedded", SMOP, "ours", rows=32, shards=4, batches=2), turns=7),
-        _group("utilisation fp32", _utilisation("fp32"), turns=4),
-        _group("utilisation bf16", _utilisation("bf16"), turns=4),
-        _group("SMoP and PEFT prompt tuning", _smop_and_peft(), turns=3),
+        _group("utilisation fp32", _utilisation("fp32"), turns=3),
+        _group("utilisation bf16", _utilisation("bf16"), turns=3),
+        _group("SMoP and PEFT prompt tuning", _smop_and_peft(), turns=2),
         _group("HyperPrompt and plain tuning", _hyperprompt_and_full(), turns=4),
         _group("HyperPrompt folded", _folded(), turns=7),
         _group("by length and as drawn", _by_length(), turns=3),
         _group("mixed and single task", _mixed(), turns=7),
         _group("rank and generate", _rank_and_generate(), turns=5),
-        _group("trials on one backbone", _trials(), turns=4),
+        _group("trials on one backbone", _trials(), turns=3),
     ]
     return [_quick(group) for group in made] if quick else made
 
@@ -77,7 +77,6 @@ def _utilisation(precision: Any) -> list[Case]:
     return [
         Case(name="HyperPrompt-Global", loop="fit", method=HYPERPROMPT, precision=precision),
         Case(name="SMoP", loop="fit", method=SMOP, precision=precision),
-        Case(name="plain full tuning", side="plain", precision=precision),
         Case(name="gemm", kind="gemm", precision=precision),
     ]
 
@@ -91,7 +90,7 @@ def _smop_and_peft() -> list[Case]:
 
 
 def _hyperprompt_and_full() -> list[Case]:
-    common: dict[str, Any] = {"loop": "fit", "lengths": "superglue", "rows": 8, "shards": 2}
+    common: dict[str, Any] = {"loop": "fit", "lengths": "superglue", "rows": 4, "shards": 2}
     return [
         Case(name="HyperPrompt-Global", method=HYPERPROMPT, **common),
         Case(name="full tuning", method=FULL, **common),
