@@ -15,6 +15,7 @@ from benchmarks.cases import Case
 from benchmarks.meter import Done, Meter, count_flops, mixed_precision
 from benchmarks.rows import micro_batches, num_padded_tokens
 from benchmarks.setting import SHAPES, Setting
+from benchmarks.trials import Trials
 from polyprompt import costs
 from polyprompt.backbone import EMBEDDED
 from polyprompt.errors import PolypromptError
@@ -49,7 +50,7 @@ def _work(case: Case, setting: Setting, meter: Meter) -> None:
         return
     if case.loop in ("pack", "in_turn"):
         meter.facts |= {"rows": case.rows * case.trials}
-        loops.trials(case, setting, meter)
+        Trials(case, setting, meter).run()
         return
     subject = subjects.build(case, setting)
     if case.kind.startswith("evaluate_"):

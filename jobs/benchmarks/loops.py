@@ -2,7 +2,6 @@
 
 import multiprocessing
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.cases import Case
-from benchmarks.meter import Done, Meter, mixed_precision
+from benchmarks.meter import Meter, mixed_precision
 from benchmarks.rows import Own, choices_of, micro_batches
 from benchmarks.setting import Setting
 from benchmarks.subjects import Subject, build
@@ -21,7 +20,7 @@ from polyprompt.evaluate import evaluate
 from polyprompt.loop import Reporter, Scores, TrainState, fit
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
-from polyprompt.pack import Pack, Seat
+from polyprompt.pack import Seat
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Trackers
 from polyprompt.worker import LOG, METRICS, Job, RunReporter
 from polyprompt.workers import Workers
@@ -156,7 +155,7 @@ def _peer(case: Case, setting: Setting, rank: int, address: str) -> None:
     subject = build(case, setting)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=case.workers)
     # It waits behind each step until the first worker goes on, so that it computes nothing in another case's turn.
-    fitted(subject, metered(subject, _nothing, dist.barrier), Losses([]))
+    fitted(subject, metered(subject, nothing, dist.barrier), Losses([]))
 
 
 def metered(subject: Subject, before: Callable[[], None], behind: Callable[[], None]) -> MeteredOptim:
@@ -164,6 +163,10 @@ def metered(subject: Subject, before: Callable[[], None], behind: Callable[[], N
     optim = MeteredOptim(subject.config.train, subject.model.named_groups(), subject.model.undecayed())
     optim.before, optim.behind = before, behind
     return optim
+
+
+def nothing() -> None:
+    """Where only another's steps are watched."""
 
 
 def _never() -> Scores:
@@ -189,74 +192,6 @@ def tracked(subject: Subject, meter: Meter, folder: Path) -> None:
     finally:
         jsonl.close()
         mlflow.close()
-
-
-def trials(case: Case, setting: Setting, meter: Meter) -> None:
-    """Several trials on one backbone, beside each other in a pack or one after another: a step is one of each."""
-    with Pack() as pack:
-        subjects = [_trial(case, setting, pack, number) for number in range(case.trials)]
-        batons = [threading.Semaphore(0) for _ in subjects]
-        errors: list[BaseException] = []
-
-        def run(number: int) -> None:
-            first, last = number == 0, number == len(subjects) - 1
-            losses = meter.losses.setdefault(number, [])
-
-            def behind() -> None:
-                if case.loop == "in_turn" and not last:
-                    batons[number + 1].release()
-                if first if case.loop == "pack" else last:
-                    meter.arrived()
-                if meter.over:
-                    raise Done
-                if case.loop == "in_turn":
-                    if last:
-                        batons[0].release()
-                    batons[number].acquire()
-                    if meter.over:
-                        raise Done
-
-            def work(seat: Seat | None) -> None:
-                before = meter.before_optimizer if (first if case.loop == "pack" else last) else _nothing
-                optim = metered(subjects[number], before, behind)
-                fitted(subjects[number], optim, Losses(losses), seat)
-
-            try:
-                if case.loop == "pack":
-                    with pack.seat() as seat:
-                        work(seat)
-                else:
-                    batons[number].acquire()
-                    work(None)
-            except Done:
-                pass
-            except BaseException as error:
-                errors.append(error)
-                meter.over = True
-            finally:
-                for baton in batons:
-                    baton.release()
-
-        meter.begin()
-        batons[0].release()
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(len(subjects))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        raise Done
-
-
-def _nothing() -> None:
-    """Another trial's optimizer is watched."""
-
-
-def _trial(case: Case, setting: Setting, pack: Pack, number: int) -> Subject:
-    subject = build(case, setting, pack.load)
-    train = subject.config.train.model_copy(update={"learning_rate": 1e-3 * 2**number})
-    return Subject(**{**vars(subject), "config": subject.config.model_copy(update={"train": train})})
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ resident peak of the process is given beside it.
 """
 
 import gc
+import os
 import resource
 import sys
 import time
@@ -58,7 +59,8 @@ class Meter:
             self._before = torch.cuda.memory_allocated()
         elif self.memory:
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
-            self._profile.__enter__()
+            with _without_stderr():
+                self._profile.__enter__()
 
     def before_optimizer(self) -> None:
         """Call where gradients are there and activations are gone."""
@@ -99,10 +101,24 @@ class Meter:
         if self.device == "cuda":
             self.facts["peak_step_bytes"] = torch.cuda.max_memory_allocated() - self._before
         elif self._profile is not None:
-            self._profile.__exit__(None, None, None)
+            with _without_stderr():
+                self._profile.__exit__(None, None, None)
             self.facts["peak_step_bytes"] = _peak(self._profile)
             self._profile = None
         self.facts["peak_resident_bytes"] = resident_peak()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """torch's profiler writes a line there at each start and stop, whatever its log level."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _peak(profiled: profile) -> int:
