@@ -90,7 +90,8 @@ def config_of(case: Case, setting: Setting) -> RunConfig:
     return check(
         {
             "backbone": setting.backbone(case.backbone),
-            "method": case.method,
+            # PEFT's backbones are frozen, and so stored, as those of our prompts are.
+            "method": {"name": "prompt_tuning"} if case.side.startswith("peft_") else case.method,
             "tasks": TASKS.get(str(case.lengths), EMBEDDED_TASKS),
             "data": {
                 "root": str(setting.data) if case.real else None,
