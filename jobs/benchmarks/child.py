@@ -3,6 +3,7 @@
 import gc
 import json
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks.setting import SHAPES, Setting
 from benchmarks.trials import Trials
 from polyprompt import costs
 from polyprompt.backbone import EMBEDDED
+from polyprompt.collation import Batch
 from polyprompt.errors import PolypromptError
 
 #: Products large enough to be as fast as any.
@@ -103,17 +105,17 @@ def facts(case: Case, subject: subjects.Subject, device: str) -> dict[str, Any]:
         found |= {"closed_inference_flops": inference / rows, "closed_step_flops": step / len(made)}
         found["hidden"] = subject.model.backbone.dims(1).hidden
     if case.kind == "train":
-        found["step_flops"] = training_flops(case, subject, device)
+        found["step_flops"] = training_flops(case, subject, counted, device) / len(made)
     return found
 
 
-def training_flops(case: Case, subject: subjects.Subject, device: str) -> int:
-    """Return the operations of a step's forward and backward passes, of the first batch. No gradient is left."""
+def training_flops(case: Case, subject: subjects.Subject, micros: Sequence[Batch], device: str) -> int:
+    """Return the operations of the forward and backward passes of micro-batches. No gradient is left."""
 
     def step() -> None:
-        for micro in micro_batches(subject.batches[1]):
+        for micro in micros:
             with mixed_precision(device, case.precision):
-                loss = subject.loss(micro.to(device))
+                loss = subject.loss(micro)
             loss.backward()
 
     subject.module.train()

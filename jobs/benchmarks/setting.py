@@ -49,6 +49,8 @@ TASKS = {
 }
 #: Enough for every batch here; a run would go on.
 ENDLESS = 10**9
+#: Real inputs are cut there, the same for every case: with the longest prompt here they fill T5's 512 tokens.
+INPUT_TOKENS = 412
 #: Of each task: what a limit of examples-proportional mixing leaves of the large ones, and enough to score.
 TRAIN_ROWS, VALIDATION_ROWS = 2000, 48
 
@@ -95,7 +97,7 @@ def config_of(case: Case, setting: Setting) -> RunConfig:
             "tasks": TASKS.get(str(case.lengths), EMBEDDED_TASKS),
             "data": {
                 "root": str(setting.data) if case.real else None,
-                "max_input_tokens": case.lengths if isinstance(case.lengths, int) else None,
+                "max_input_tokens": case.lengths if isinstance(case.lengths, int) else INPUT_TOKENS,
                 "max_train_examples": TRAIN_ROWS,
                 "max_validation_examples": VALIDATION_ROWS,
             },
