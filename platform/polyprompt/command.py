@@ -86,4 +86,5 @@ def dry_run(config: RunConfig, out: Path | None) -> None:
         Console().print(table)
     if checked.without_weights:
         print(f"Weights: not looked at, but for their shapes: {checked.without_weights}")
+    print(plan_report.time_line(checked, config))
     print(f"Workers: {ray_train.where(config)}")

@@ -1,4 +1,4 @@
-"""What one prediction costs: floating-point operations of a forward pass, in closed form.
+"""What one row costs: floating-point operations of a forward pass, or of a training step, in closed form.
 
 Letters: T input tokens with the input prompt, S target tokens, P prompt keys of a self-attention layer, H hidden size,
 A = heads times head size, F feed-forward size, V vocabulary, L layers, R routed prompts. f = 3 matrices in a gated
@@ -35,6 +35,16 @@ def inference_flops(model: PromptedModel, num_input_tokens: int, num_target_toke
     layers = _encoder_decoder if model.backbone.dims(1).encoder is not None else _decoder_only
     head = hidden * vocabulary * num_target_tokens + hidden * model.method.num_routes + model.method.row_multiply_adds
     return 2 * (layers(model, num_input_tokens + input_length, num_target_tokens, lengths) + head)
+
+
+def training_flops(model: PromptedModel, num_input_tokens: int, num_target_tokens: int, *, whole: bool) -> int:
+    """Return the operations of one row's forward and backward pass; whole: the backbone is trained too.
+
+    A product costs as much again for the gradient of what it read, and once more for that of its weights where these
+    are trained. Attention, which reads two things and has no weights, is taken for one of the products: a few percent
+    too little where the backbone is frozen.
+    """
+    return inference_flops(model, num_input_tokens, num_target_tokens) * (3 if whole else 2)
 
 
 def _encoder_decoder(model: PromptedModel, inputs: int, targets: int, lengths: Mapping[str, int]) -> int:

@@ -5,7 +5,6 @@ import inspect
 import json
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from polyprompt import reading, text_store, token_store
+from polyprompt import reading, section, text_store, token_store
 from polyprompt.config import DataConfig, RunConfig
 from polyprompt.errors import DataError
 from polyprompt.tasks.metrics import compute
@@ -228,8 +227,7 @@ def _digest(identity: Any) -> str:
 
 
 def _cache_folder(config: DataConfig) -> Path:
-    root = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyprompt"
-    return root.expanduser().absolute()
+    return config.cache_dir or section.cache()
 
 
 def majority(data: AnyData) -> dict[str, float]:

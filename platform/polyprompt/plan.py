@@ -14,13 +14,14 @@ from polyprompt import (
     methods,
     source_prompts,
     starts,
+    step_time,
     training_defaults,
 )
 from polyprompt.backbone_base import Backbone
 from polyprompt.batches import task_weights
 from polyprompt.checkpoint import Bundle
 from polyprompt.config import RunConfig
-from polyprompt.costs import inference_flops, median_lengths
+from polyprompt.costs import inference_flops, median_lengths, training_flops
 from polyprompt.data import AnyData, majority, prepare
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.memory import Memory
@@ -37,7 +38,7 @@ Load = Callable[..., Backbone]
 @dataclass(frozen=True)
 class Plan:
     """A checked run. backbone: its identity. inference_flops: of one row of median length. memory: of one worker, where
-    it was asked for. shares: of the mixture."""
+    it was asked for. step: what a training step of mean length has to do. shares: of the mixture."""
 
     backbone: Mapping[str, Any]
     data: Sequence[AnyData]
@@ -48,6 +49,7 @@ class Plan:
     memory: Memory | None
     #: Why only the shapes of the weights were there; None: the weights were.
     without_weights: str | None
+    step: step_time.Load
     shares: Mapping[str, float]
     majority: Mapping[str, Mapping[str, float]]
 
@@ -218,6 +220,26 @@ def _plan(
         inference_flops=inference_flops(model, *median_lengths(data)),
         memory=memory.estimate(config, model, data) if with_memory else None,
         without_weights=without_weights,
+        step=_step(config, model, data, mixture.realised_shares()),
         shares=dict(zip(names, mixture.realised_shares(), strict=True)),
         majority={task.task.name: majority(task) for task in data},
     )
+
+
+def _step(config: RunConfig, model: PromptedModel, data: Sequence[AnyData], shares: Sequence[float]) -> step_time.Load:
+    """Return the load of a step: each task's rows at their mean length, padding left out."""
+    whole = config.train_backbone is True
+    flops = sum(
+        share * training_flops(model, *_mean_lengths(task), whole=whole)
+        for task, share in zip(data, shares, strict=True)
+        if share > 0
+    )
+    trained = sum(p.numel() for members in model.named_groups().values() for _, p in members)
+    return step_time.load(
+        config, flops_of_a_row=flops, hidden=model.backbone.dims(1).hidden, num_trained_parameters=trained
+    )
+
+
+def _mean_lengths(task: AnyData) -> tuple[int, int]:
+    inputs, targets = task.train.input_lengths, task.train.target_lengths
+    return round(float(inputs.mean())), round(float(targets.mean()))

@@ -1,9 +1,12 @@
-"""What a dry run shows: tasks and their shares, parameters, memory."""
+"""What a dry run shows: tasks and their shares, parameters, memory, time."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 from rich.table import Table
 
+from polyprompt import step_time
+from polyprompt.config import RunConfig
 from polyprompt.memory import Memory
 from polyprompt.plan import Plan
 
@@ -14,6 +17,26 @@ def tables(plan: Plan) -> Iterator[Table]:
     yield _parameters(plan)
     if plan.memory is not None:
         yield _memory(plan.memory)
+
+
+def time_line(plan: Plan, config: RunConfig) -> str:
+    """Say how long the training will take, by the rates measured on this machine, or how to measure them."""
+    rates, wanted = step_time.read(step_time.file()), step_time.key(config)
+    fitted = None if rates is None else rates.fits.get(wanted)
+    if rates is None or fitted is None:
+        known = "" if rates is None else f" (there are: {'; '.join(rates.fits)})"
+        threads = "" if config.compute.use_gpu else f" --threads {config.compute.cpus_per_worker}"
+        return (
+            f"Time: not known: no rates were measured here for {wanted}{known}. Measure them: python jobs/benchmark.py "
+            f"--fit{threads}"
+        )
+    seconds = fitted.seconds(plan.step)
+    whole = timedelta(seconds=round(seconds * config.train.max_steps))
+    error = "" if fitted.held_out_error is None else f", within {fitted.held_out_error:.0%} on steps held out"
+    return (
+        f"Time: about {whole} to train {config.train.max_steps} steps of {seconds:.3g} s, evaluation and padding not "
+        f"counted (rates measured on {rates.machine}: {wanted}{error})"
+    )
 
 
 def _tasks(plan: Plan) -> Table:

@@ -1,4 +1,4 @@
-"""What every part of the config is made of, and the folder that relative places lie in."""
+"""What every part of the config is made of, and the folders that relative places and caches lie in."""
 
 import os
 import re
@@ -23,6 +23,11 @@ def home() -> Path:
     if stated := os.environ.get("POLYPROMPT_HOME"):
         return Path(stated).expanduser().absolute()
     return Path.home() / "polyprompt" if is_submitted() else Path.cwd()
+
+
+def cache() -> Path:
+    """Return the folder of what can be made anew: $XDG_CACHE_HOME/polyprompt or ~/.cache/polyprompt."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "polyprompt"
 
 
 def is_submitted() -> bool:
