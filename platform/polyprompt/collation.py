@@ -45,8 +45,10 @@ def collate(rows: Sequence[TokenRow], task_ids: Sequence[int], pad_id: int) -> B
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def length_batches(lengths: Sequence[int] | npt.NDArray[np.int32], batch_size: int) -> list[list[int]]:

@@ -40,6 +40,14 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
+def own_mask(seen_BXX: Tensor, model: Any) -> Tensor:
+    """Return a mask [B, 1, X, X] of the kind that the model's attention takes. seen_BXX: true where a row sees."""
+    mask = seen_BXX[:, None]
+    if model.config._attn_implementation != attention_name("eager"):
+        return mask
+    return (~mask).to(model.dtype) * torch.finfo(model.dtype).min
+
+
 def prompted(wrapped: Callable) -> Callable:
     """Return an attention function that prepends a row's prompt keys and values and calls the wrapped one.
 
