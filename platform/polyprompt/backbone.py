@@ -123,9 +123,7 @@ class EncoderDecoder(Backbone):
             prompts=prompts,
         ).logits
 
-    def logits(
-        self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None
-    ) -> Tensor:
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None) -> Tensor:
         start_B1 = targets_BS.new_full((len(targets_BS), 1), self.start_id)
         # What stands after the end of a target has no influence on it: the decoder is causal.
         before_BS = torch.cat([start_B1, targets_BS[:, :-1]], dim=1)

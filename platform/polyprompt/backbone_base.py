@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from polyprompt.methods.base import Dims, Prompts
 from polyprompt.sampling import LogitsProcessor
 
-
 INPUT = -1
 """The owner of what belongs to all targets that stand side by side."""
 
@@ -74,9 +73,7 @@ class Backbone(nn.Module, ABC):
         """Make [input prompts ; x] ready. x_BTH: from `embed`, padded on the right."""
 
     @abstractmethod
-    def logits(
-        self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None
-    ) -> Tensor:
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None) -> Tensor:
         """Return logits_BSV: those at s are of target s, given the input and the targets before s.
 
         owner_BS: where several targets of a row stand side by side, the number of the one that each piece is of, 0 and

@@ -90,7 +90,7 @@ class Batches:
     def _shard(
         self, step: int, index: int, rows: Sequence[int], draws: Sequence[Draw], lengths: Sequence[int]
     ) -> Shard:
-        # Cut as the batch is: pieces of equal padded size need the least memory, and pad less than pieces of equal rows.
+        # Pieces of equal padded size pad less than pieces of equal rows, and the largest needs less memory.
         pieces = min(self.train.gradient_accumulation_steps, len(rows))
         parts = [[draws[rows[i]] for i in piece] for piece in cut([lengths[row] for row in rows], pieces)]
         return Shard(

@@ -151,9 +151,7 @@ class DecoderOnly(Backbone):
         order_BT = mask_BT.argsort(dim=1, stable=True)
         return Encoded(x_BTH.gather(1, order_BT[:, :, None].expand_as(x_BTH)), mask_BT.gather(1, order_BT))
 
-    def logits(
-        self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None
-    ) -> Tensor:
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None) -> Tensor:
         if owner_BS is not None:
             return self._logits_side_by_side(targets_BS, encoded, prompts, owner_BS)
         # What stands after the end of a target has no influence on it: the model is causal.
@@ -168,9 +166,7 @@ class DecoderOnly(Backbone):
             prompts=prompts,
         ).logits
 
-    def _logits_side_by_side(
-        self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor
-    ) -> Tensor:
+    def _logits_side_by_side(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor) -> Tensor:
         """Read the input once for all targets. Each begins from the input's last token, which is theirs then."""
         hidden_BTH, mask_BT = encoded.hidden_BTH[:, :-1], encoded.mask_BT[:, :-1]
         begins_BS = begins(owner_BS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from polyprompt.backbone_base import Backbone, Encoded, begins
-from polyprompt.collation import IGNORED
+from polyprompt.collation import IGNORED, padded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import Method, ParameterGroup, Prompts
@@ -133,10 +133,9 @@ class PromptedModel(nn.Module):
         if not any(map(any, choices)):
             return [[0.0] * len(own) for own in choices]
         device, num_choices = encoded.hidden_BTH.device, max(map(len, choices))
-        pieces = [torch.tensor([piece for choice in own for piece in choice], dtype=torch.long) for own in choices]
-        owners = [torch.tensor([c for c, choice in enumerate(own) for _ in choice], dtype=torch.long) for own in choices]
-        labels_BS = nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=IGNORED).to(device)
-        owner_BS = nn.utils.rnn.pad_sequence(owners, batch_first=True, padding_value=num_choices).to(device)
+        pieces = [[piece for choice in own for piece in choice] for own in choices]
+        owners = [[number for number, choice in enumerate(own) for _ in choice] for own in choices]
+        labels_BS, owner_BS = padded(pieces, IGNORED).to(device), padded(owners, num_choices).to(device)
         real_BS = labels_BS != IGNORED
         # All choices of a row begin from the same logits.
         again_BS = begins(owner_BS)
