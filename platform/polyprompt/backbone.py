@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from polyprompt import adapted, decoder_only, prompted_attention
 from polyprompt.backbone_base import Backbone, Encoded, begins, seen, with_input_prompts
 from polyprompt.config import BackboneConfig
+from polyprompt.cpu_training import replace_dropout
 from polyprompt.decoder_only import DecoderOnly
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
@@ -201,6 +202,7 @@ def load(
         backbone = DecoderOnly(model, tokenizer, name=name, revision=revision, input_end=config.input_end)
     else:
         backbone = EncoderDecoder(model, tokenizer, name=name, revision=revision)
+    replace_dropout(model)
     backbone.requires_grad_(train is True)
     if train == "layer_norms":
         for norm in backbone.layer_norms():

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from polyprompt.cpu_training import trained_on_cpu
 from polyprompt.methods.base import KeyValues, Part, Prompts
 
 
@@ -29,7 +30,7 @@ def attention_name(attention: str) -> str:
 
 def register() -> None:
     """Make the prompted attention known to transformers, around each implementation with its own kind of mask."""
-    AttentionInterface.register(attention_name("sdpa"), prompted(sdpa_attention_forward))
+    AttentionInterface.register(attention_name("sdpa"), prompted(trained_on_cpu(sdpa_attention_forward)))
     AttentionMaskInterface.register(attention_name("sdpa"), sdpa_mask)
     AttentionInterface.register(attention_name("eager"), prompted(_eager))
     AttentionMaskInterface.register(attention_name("eager"), eager_mask)
