@@ -101,6 +101,23 @@ def test_accumulation_and_gradient_checkpointing_change_only_rounding(small_run:
         assert b == pytest.approx(a, abs=1e-4)
 
 
+def test_micro_batches_are_cut_by_padded_tokens(small_run: Table) -> None:
+    """The largest is no larger than the first of as many pieces of equal rows, which holds the longest."""
+    small_run["train"] |= {"batch_size": 24, "num_shards": 1, "gradient_accumulation_steps": 3}
+    config = check(small_run)
+    model, data = build(config)
+    (shard,) = Batches(data, config, model.backbone.tokenizer.pad_token_id, range(1))[1].shards
+    assert len(shard.micro_batches) == 3
+    assert [len(own) for own in shard.examples] == [len(micro.task_B) for micro in shard.micro_batches]
+    lengths, padded = [], []
+    for micro in shard.micro_batches:
+        lengths += (micro.mask_BT.sum(dim=1) + (micro.labels_BS != -100).sum(dim=1)).tolist()
+        padded.append(len(micro.task_B) * max(lengths[-len(micro.task_B) :]))
+    assert len(lengths) == 24
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(padded) < 8 * lengths[0]
+
+
 @pytest.mark.parametrize("reduction", ["token", "example"])
 def test_the_number_of_shards_changes_only_rounding(small_run: Table, tmp_path: Path, reduction: str) -> None:
     """The loss is normalised over the whole global batch, however it is cut."""

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import tiny
@@ -80,11 +81,36 @@ def test_gradients_of_slices_add_up_to_the_whole_batch() -> None:
 @pytest.mark.parametrize("config", [FullConfig(), HYPER, SMoPConfig(length=3), PromptTuningConfig(length=3)])
 def test_choices_are_scored_by_their_log_likelihood(config: MethodConfig) -> None:
     model = tiny.model(config)
-    input_ids, mask, _, task = tiny.batch()
-    scores = model.score_choices(input_ids, mask, task, CHOICES)
+    scores = model.score_choices(*scored_rows(), CHOICES)
     assert [len(own) for own in scores] == [len(own) for own in CHOICES]
-    for row, own in enumerate(CHOICES):
-        for choice, score in zip(own, scores[row], strict=True):
+    check_scores_of_each_alone(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["umt5", "llama", "gpt2"])
+def test_choices_side_by_side_score_as_if_each_stood_alone(family: str, attention: Literal["sdpa", "eager"]) -> None:
+    check_scores_of_each_alone(tiny.model(tiny.fitting(HYPER, family), family, attention=attention))
+
+
+def test_choices_side_by_side_see_no_further_than_a_sliding_window() -> None:
+    model = tiny.model(FullConfig(), "qwen2")
+    inner = model.backbone.model
+    before = model.score_choices(*scored_rows(), CHOICES)
+    inner.config.layer_types, inner.config.sliding_window = ["sliding_attention", "full_attention"], 3
+    inner.model.has_sliding_layers = True
+    check_scores_of_each_alone(model)
+    assert model.score_choices(*scored_rows(), CHOICES) != before
+
+
+def scored_rows() -> tuple[Tensor, Tensor, Tensor]:
+    input_ids, mask, _, task = tiny.batch()
+    return input_ids, mask, task
+
+
+def check_scores_of_each_alone(model: PromptedModel) -> None:
+    input_ids, mask, task = scored_rows()
+    for row, scores in enumerate(model.score_choices(input_ids, mask, task, CHOICES)):
+        for choice, score in zip(CHOICES[row], scores, strict=True):
             one = [input_ids[row : row + 1], mask[row : row + 1], torch.tensor([choice]), task[row : row + 1]]
             assert score == pytest.approx(-model(*one).total.item(), abs=1e-5, rel=1e-5)
 

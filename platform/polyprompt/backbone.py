@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LogitsProc
 from transformers.modeling_outputs import BaseModelOutput
 
 from polyprompt import adapted, decoder_only, prompted_attention
-from polyprompt.backbone_base import Backbone, Encoded, with_input_prompts
+from polyprompt.backbone_base import Backbone, Encoded, begins, seen, with_input_prompts
 from polyprompt.bart import Bart
 from polyprompt.config import BackboneConfig
+from polyprompt.cpu_training import replace_dropout
 from polyprompt.decoder_only import DecoderOnly
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
@@ -121,20 +122,29 @@ class EncoderDecoder(Backbone):
         output = self.model.get_encoder()(inputs_embeds=x_BTH, attention_mask=mask_BT, prompts=prompts)
         return Encoded(output.last_hidden_state, mask_BT)
 
-    def decode(self, decoder_input_ids_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
-        """Return logits_BSV."""
+    def decode(
+        self, decoder_input_ids_BS: Tensor, encoded: Encoded, prompts: Prompts, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return logits_BSV. mask: [B, 1, S, S], in place of the causal one."""
         return self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_BTH),
             attention_mask=encoded.mask_BT,
             decoder_input_ids=decoder_input_ids_BS,
+            decoder_attention_mask=mask,
             use_cache=False,
             prompts=prompts,
         ).logits
 
-    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None) -> Tensor:
         start_B1 = targets_BS.new_full((len(targets_BS), 1), self.start_id)
         # What stands after the end of a target has no influence on it: the decoder is causal.
-        return self.decode(torch.cat([start_B1, targets_BS[:, :-1]], dim=1), encoded, prompts)
+        before_BS = torch.cat([start_B1, targets_BS[:, :-1]], dim=1)
+        if owner_BS is None:
+            return self.decode(before_BS, encoded, prompts)
+        # Positions are relative, so a target's own are what they are where it stands alone.
+        before_BS = before_BS.masked_fill(begins(owner_BS), self.start_id)
+        seen_BSS = seen(owner_BS, torch.ones_like(owner_BS))
+        return self.decode(before_BS, encoded, prompts, prompted_attention.own_mask(seen_BSS, self.model))
 
     def generate(
         self,
@@ -250,6 +260,7 @@ def _backbone(
         backbone = DecoderOnly(model, tokenizer, name=name, revision=revision, input_end=config.input_end)
     else:
         backbone = (Bart if kind is Bart else EncoderDecoder)(model, tokenizer, name=name, revision=revision)
+    replace_dropout(model)
     backbone.requires_grad_(train is True)
     if train == "layer_norms":
         for norm in backbone.layer_norms():

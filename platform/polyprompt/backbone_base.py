@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from polyprompt.methods.base import Dims, Prompts
 from polyprompt.sampling import LogitsProcessor
 
+INPUT = -1
+"""The owner of what belongs to all targets that stand side by side."""
+
 
 class Encoded(NamedTuple):
     """The input, made ready once for all its targets; input prompts included. T counts them too.
@@ -75,8 +78,12 @@ class Backbone(nn.Module, ABC):
         """Make [input prompts ; x] ready. x_BTH: from `embed`, padded on the right."""
 
     @abstractmethod
-    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
-        """Return logits_BSV: those at s are of target s, given the input and the targets before s."""
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None) -> Tensor:
+        """Return logits_BSV: those at s are of target s, given the input and the targets before s.
+
+        owner_BS: where several targets of a row stand side by side, the number of the one that each piece is of, 0 and
+        up. Each is read as if it stood alone.
+        """
 
     @contextmanager
     def logits_only_at(self, kept_BS: Tensor) -> Iterator[None]:
@@ -157,6 +164,21 @@ def with_input_prompts(x_BTH: Tensor, mask_BT: Tensor, prompts: Prompts) -> tupl
         mask_BP = mask_BP.gather(1, order_BP)
     joined_BTH = torch.cat([inputs_BPH.to(x_BTH.dtype), x_BTH], dim=1)
     return joined_BTH, torch.cat([mask_BP.to(mask_BT.dtype), mask_BT], dim=1)
+
+
+def begins(owner_BS: Tensor) -> Tensor:
+    """Return where a target begins, of those that stand side by side."""
+    return torch.cat([torch.ones_like(owner_BS[:, :1], dtype=torch.bool), owner_BS[:, 1:] != owner_BS[:, :-1]], dim=1)
+
+
+def seen(owner_BX: Tensor, real_BX: Tensor) -> Tensor:
+    """Return [B, X, X], true where a position (the row) sees another (the column) of targets side by side.
+
+    It sees what is before it, of its own target and of the INPUT. real_BX: false for padding, which sees itself alone.
+    """
+    own_BXX = (owner_BX[:, :, None] == owner_BX[:, None]) | (owner_BX == INPUT)[:, None]
+    itself_XX = torch.eye(owner_BX.shape[1], dtype=torch.bool, device=owner_BX.device)
+    return (own_BXX & real_BX.bool()[:, None]).tril() | itself_XX
 
 
 def _content_hash(keys: tuple[str, ...], model: Any, tokenizer: Any) -> str:

@@ -9,17 +9,20 @@ batch-mates; input prompts take the first positions, as in PEFT's prompt tuning,
 Letters: B rows of a batch, T input tokens, S target tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from polyprompt import adapted
-from polyprompt.backbone_base import Backbone, Encoded, begin_token, with_input_prompts
+from polyprompt.backbone_base import INPUT, Backbone, Encoded, begin_token, begins, seen, with_input_prompts
 from polyprompt.methods.base import Dims, Prompts, StackDims
+from polyprompt.prompted_attention import own_mask
 from polyprompt.sampling import LogitsProcessor
 
 
@@ -89,18 +92,56 @@ class Bart(Backbone):
         output = self.model.get_encoder()(inputs_embeds=x_BTH, attention_mask=mask_BT, prompts=prompts)
         return Encoded(output.last_hidden_state, mask_BT)
 
-    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None) -> Tensor:
+        if owner_BS is not None:
+            return self._logits_side_by_side(targets_BS, encoded, prompts, owner_BS)
         begin_BS = self._begin(targets_BS)
+        # What stands after the end of a target has no influence on it: the decoder is causal.
+        return self._decode(torch.cat([begin_BS, targets_BS[:, :-1]], dim=1), encoded, prompts, targets_BS.shape[1])
+
+    def _decode(
+        self, ids_BX: Tensor, encoded: Encoded, prompts: Prompts, num_targets: int, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits of the last positions. mask: [B, 1, X, X], in place of the causal one."""
         logits = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_BTH),
             attention_mask=encoded.mask_BT,
-            # What stands after the end of a target has no influence on it: the decoder is causal.
-            decoder_input_ids=torch.cat([begin_BS, targets_BS[:, :-1]], dim=1),
+            decoder_input_ids=ids_BX,
+            decoder_attention_mask=mask,
             use_cache=False,
             prompts=prompts,
         ).logits
         # Inside `logits_only_at` they are of the kept positions already.
-        return logits if logits.ndim == 2 else logits[:, -targets_BS.shape[1] :]
+        return logits if logits.ndim == 2 else logits[:, -num_targets:]
+
+    def _logits_side_by_side(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor) -> Tensor:
+        """Each target begins from the last piece that all begin from; what is before that is theirs in common."""
+        *common, last = self._begin(targets_BS)[0].tolist()
+        begins_BS = begins(owner_BS)
+        place_S = torch.arange(targets_BS.shape[1], device=targets_BS.device)
+        # How far a piece is from the beginning of its target.
+        offset_BS = place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values
+        common_BC = targets_BS.new_tensor(common).expand(len(targets_BS), -1)
+        place_BC = torch.arange(len(common), device=targets_BS.device).expand_as(common_BC)
+        owner_BX = torch.cat([torch.full_like(common_BC, INPUT), owner_BS], dim=1)
+        mask = own_mask(seen(owner_BX, torch.ones_like(owner_BX)), self.model)
+        ids_BX = torch.cat([common_BC, targets_BS.roll(1, dims=1).masked_fill(begins_BS, last)], dim=1)
+        with self._positions(torch.cat([place_BC, offset_BS + len(common)], dim=1)):
+            return self._decode(ids_BX, encoded, prompts, targets_BS.shape[1], mask)
+
+    @contextmanager
+    def _positions(self, position_BX: Tensor) -> Iterator[None]:
+        """While inside, the decoder's pieces have these positions: its forward pass takes none from outside."""
+        own = threading.get_ident()
+
+        def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            return (args, {**kwargs, "position_ids": position_BX}) if threading.get_ident() == own else None
+
+        hook = self.model.model.decoder.embed_positions.register_forward_pre_hook(place, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def generate(
         self,

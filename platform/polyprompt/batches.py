@@ -75,10 +75,11 @@ class Batches:
             for row, (task, example) in enumerate(pairs)
         ]
         sizes = [self.data[draw.task].train.size(draw.example, draw.seed) for draw in draws]
-        parts = cut([num_input + num_target for num_input, num_target in sizes], self.train.num_shards)
+        lengths = [num_input + num_target for num_input, num_target in sizes]
+        parts = cut(lengths, self.train.num_shards)
         return GlobalBatch(
             step=step,
-            shards=tuple(self._shard(step, index, [draws[row] for row in parts[index]]) for index in self.shards),
+            shards=tuple(self._shard(step, index, parts[index], draws, lengths) for index in self.shards),
             task_rows=Counter(task for task, _ in pairs),
             num_rows=len(pairs),
             num_input_tokens=sum(num_input for num_input, _ in sizes),
@@ -86,10 +87,12 @@ class Batches:
             digest=hashlib.sha256(repr(pairs).encode()).hexdigest(),
         )
 
-    def _shard(self, step: int, index: int, draws: Sequence[Draw]) -> Shard:
-        pieces = self.train.gradient_accumulation_steps
-        size = -(-len(draws) // pieces)
-        parts = [draws[i : i + size] for i in range(0, len(draws), size)]
+    def _shard(
+        self, step: int, index: int, rows: Sequence[int], draws: Sequence[Draw], lengths: Sequence[int]
+    ) -> Shard:
+        # Pieces of equal padded size pad less than pieces of equal rows, and the largest needs less memory.
+        pieces = min(self.train.gradient_accumulation_steps, len(rows))
+        parts = [[draws[rows[i]] for i in piece] for piece in cut([lengths[row] for row in rows], pieces)]
         return Shard(
             number=index,
             seed=random_seed("shard", self.train.seed, step, index),

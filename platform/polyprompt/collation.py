@@ -40,13 +40,16 @@ def collate(rows: Sequence[TokenRow], task_ids: Sequence[int], pad_id: int) -> B
     if len(rows) != len(task_ids):
         raise ValueError(f"{len(rows)} rows but {len(task_ids)} task ids")
     inputs, targets = [r.input_ids for r in rows], [r.target_ids for r in rows]
-    mask_BT = _padded([[1] * len(ids) for ids in inputs], 0)
-    return Batch(_padded(inputs, pad_id), mask_BT, _padded(targets, IGNORED), torch.tensor(task_ids, dtype=torch.int64))
+    mask_BT = padded([[1] * len(ids) for ids in inputs], 0)
+    return Batch(padded(inputs, pad_id), mask_BT, padded(targets, IGNORED), torch.tensor(task_ids, dtype=torch.int64))
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Return the rows under each other (int64), filled up on the right."""
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def length_batches(lengths: Sequence[int] | npt.NDArray[np.int32], batch_size: int) -> list[list[int]]:

@@ -48,10 +48,6 @@ class Split:
         return datasets.Dataset.from_file(str(self.folder / f"{self.name}.arrow"))
 
     @cached_property
-    def _tokens(self) -> datasets.Dataset:
-        return self._table.select_columns(["input_ids", "target_ids"])
-
-    @cached_property
     def _texts(self) -> datasets.Dataset:
         return self._table.select_columns(["input", "target", "choices", "answers", "group", "value"])
 
@@ -97,8 +93,9 @@ class Split:
 
     def rows(self, indices: Iterable[int]) -> list[TokenRow]:
         """Return the token ids of the examples."""
-        columns = self._tokens[[int(i) for i in indices]]
-        return [TokenRow(*pair) for pair in zip(columns["input_ids"], columns["target_ids"], strict=True)]
+        # Straight from Arrow: the library's own indexing costs a fifth of a millisecond a call.
+        inputs, targets = (self._table.data.column(name) for name in ("input_ids", "target_ids"))
+        return [TokenRow(_ids(inputs[int(i)]), _ids(targets[int(i)])) for i in indices]
 
     def examples(self, indices: Iterable[int]) -> list[Example]:
         """Return the examples as text."""
@@ -120,6 +117,10 @@ class Split:
     def targets(self) -> list[str]:
         """Return the target text of every example."""
         return self._table.data.column("target").to_pylist()
+
+
+def _ids(tokens: Any) -> list[int]:
+    return tokens.values.to_numpy().tolist()
 
 
 @dataclass(frozen=True)

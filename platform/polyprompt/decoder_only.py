@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from polyprompt import adapted
-from polyprompt.backbone_base import Backbone, Encoded, begin_token, with_input_prompts
+from polyprompt.backbone_base import INPUT, Backbone, Encoded, begin_token, begins, seen, with_input_prompts
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
+from polyprompt.prompted_attention import own_mask
 from polyprompt.sampling import LogitsProcessor
 
 #: What stands between input and target, unless `backbone.input_end` says otherwise.
@@ -152,7 +153,9 @@ class DecoderOnly(Backbone):
         order_BT = mask_BT.argsort(dim=1, stable=True)
         return Encoded(x_BTH.gather(1, order_BT[:, :, None].expand_as(x_BTH)), mask_BT.gather(1, order_BT))
 
-    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts) -> Tensor:
+    def logits(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor | None = None) -> Tensor:
+        if owner_BS is not None:
+            return self._logits_side_by_side(targets_BS, encoded, prompts, owner_BS)
         # What stands after the end of a target has no influence on it: the model is causal.
         before_BSH = super().embed(targets_BS[:, :-1]).to(encoded.hidden_BTH.dtype)
         mask_BT = torch.cat([encoded.mask_BT, encoded.mask_BT.new_ones(before_BSH.shape[:2])], dim=1)
@@ -160,6 +163,31 @@ class DecoderOnly(Backbone):
             inputs_embeds=torch.cat([encoded.hidden_BTH, before_BSH], dim=1),
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=targets_BS.shape[1],
+            prompts=prompts,
+        ).logits
+
+    def _logits_side_by_side(self, targets_BS: Tensor, encoded: Encoded, prompts: Prompts, owner_BS: Tensor) -> Tensor:
+        """Read the input once for all targets. Each begins from the input's last token, which is theirs then."""
+        hidden_BTH, mask_BT = encoded.hidden_BTH[:, :-1], encoded.mask_BT[:, :-1]
+        begins_BS = begins(owner_BS)
+        before_BSH = super().embed(targets_BS.roll(1, dims=1)).to(hidden_BTH.dtype)
+        before_BSH = torch.where(begins_BS[:, :, None], encoded.hidden_BTH[:, -1:], before_BSH)
+        place_S = torch.arange(targets_BS.shape[1], device=targets_BS.device)
+        # How far a piece is from the beginning of its target.
+        offset_BS = place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values
+        position_BX = torch.cat([(mask_BT.cumsum(dim=1) - 1).clamp(min=0), mask_BT.sum(1, True) + offset_BS], dim=1)
+        owner_BX = torch.cat([torch.full_like(mask_BT, INPUT), owner_BS], dim=1)
+        seen_BXX = seen(owner_BX, torch.cat([mask_BT, torch.ones_like(owner_BS)], dim=1))
+        mask: Any = own_mask(seen_BXX, self.model)
+        if "sliding_attention" in (getattr(self.model.config, "layer_types", None) or ()):
+            near_BXX = position_BX[:, :, None] - position_BX[:, None] < self.model.config.sliding_window
+            mask = {"full_attention": mask, "sliding_attention": own_mask(seen_BXX & near_BXX, self.model)}
+        return self.model(
+            inputs_embeds=torch.cat([hidden_BTH, before_BSH], dim=1),
+            attention_mask=mask,
+            position_ids=position_BX,
             use_cache=False,
             logits_to_keep=targets_BS.shape[1],
             prompts=prompts,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from polyprompt import distillation
-from polyprompt.backbone_base import Backbone, Encoded
-from polyprompt.collation import IGNORED
+from polyprompt.backbone_base import Backbone, Encoded, begins
+from polyprompt.collation import IGNORED, padded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import Method, ParameterGroup, Prompts
@@ -124,23 +124,43 @@ class PromptedModel(nn.Module):
     ) -> list[list[float]]:
         """Return the total log-likelihood of every choice of each row. Rows may have different numbers of choices.
 
-        choices: the target ids of each choice of each row, end token included. An encoder runs once for each row; a
-        decoder-only model reads the input anew with each choice.
+        choices: the target ids of each choice of each row, end token included. The input is read once for each row, and
+        its choices stand side by side behind it.
         """
         encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
-        device = input_ids_BT.device
-        row_C = torch.tensor([row for row, own in enumerate(choices) for _ in own], dtype=torch.long, device=device)
-        if not len(row_C):
-            return [[] for _ in choices]
-        targets = [torch.tensor(choice, dtype=torch.long) for own in choices for choice in own]
-        labels_CS = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(device)
-        slice_rows = max(1, MAX_SCORED_LOGITS // (labels_CS.shape[1] * self.backbone.model.config.vocab_size))
-        nll = []
-        for labels, row in zip(labels_CS.split(slice_rows), row_C.split(slice_rows), strict=True):
-            own = Encoded(encoded.hidden_BTH[row], encoded.mask_BT[row])
-            nll += self.nll(labels, own, _decoder_rows(prompts, row)).tolist()
-        scores = iter(nll)
-        return [[-next(scores) for _ in own] for own in choices]
+        longest = max(sum(map(len, own)) for own in choices)
+        slice_rows = max(1, MAX_SCORED_LOGITS // max(1, longest * self.backbone.model.config.vocab_size))
+        scores: list[list[float]] = []
+        for row_C in torch.arange(len(choices), device=input_ids_BT.device).split(slice_rows):
+            own = Encoded(encoded.hidden_BTH[row_C], encoded.mask_BT[row_C])
+            slice_choices = choices[len(scores) : len(scores) + len(row_C)]
+            scores += self._score(own, _decoder_rows(prompts, row_C), slice_choices)
+        return scores
+
+    def _score(
+        self, encoded: Encoded, prompts: Prompts, choices: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """Return the log-likelihood of every choice of each row."""
+        if not any(map(any, choices)):
+            return [[0.0] * len(own) for own in choices]
+        device, num_choices = encoded.hidden_BTH.device, max(map(len, choices))
+        pieces = [[piece for choice in own for piece in choice] for own in choices]
+        owners = [[number for number, choice in enumerate(own) for _ in choice] for own in choices]
+        labels_BS, owner_BS = padded(pieces, IGNORED).to(device), padded(owners, num_choices).to(device)
+        real_BS = labels_BS != IGNORED
+        # All choices of a row begin from the same logits.
+        again_BS = begins(owner_BS)
+        again_BS[:, 0] = False
+        kept_BS = real_BS & ~again_BS
+        with self.backbone.logits_only_at(kept_BS):
+            logits_NV = self.backbone.logits(labels_BS.clamp(min=0), encoded, prompts, owner_BS).float()
+        place_BS = kept_BS.flatten().cumsum(dim=0).view_as(kept_BS) - 1
+        place_M = torch.where(again_BS, place_BS[:, :1], place_BS)[real_BS]
+        likelihood_M = logits_NV[place_M, labels_BS[real_BS]] - logits_NV.logsumexp(dim=1)[place_M]
+        choice_BS = owner_BS + num_choices * torch.arange(len(choices), device=device)[:, None]
+        total_C = likelihood_M.new_zeros(len(choices) * num_choices).index_add_(0, choice_BS[real_BS], likelihood_M)
+        scores = total_C.view(-1, num_choices).tolist()
+        return [row[: len(own)] for row, own in zip(scores, choices, strict=True)]
 
     def named_groups(self) -> dict[ParameterGroup, list[tuple[str, nn.Parameter]]]:
         """Return the trained parameters by optimizer group, each tied parameter once."""

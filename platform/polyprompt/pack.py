@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, pad
+from torch.nn.functional import pad
 
 from polyprompt import backbone as backbones
 from polyprompt import packable
@@ -30,6 +30,7 @@ from polyprompt.backbone import EncoderDecoder
 from polyprompt.backbone_base import Backbone, with_input_prompts
 from polyprompt.collation import Batch
 from polyprompt.config import BackboneConfig, RunConfig
+from polyprompt.cpu_training import drop
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Part, Prompts, Stack
 from polyprompt.model import IGNORED, Loss, PromptedModel
@@ -304,6 +305,6 @@ def _drop(name: Stack, parts: Sequence[Part], module: nn.Dropout, args: tuple[Te
     dropped = []
     for part, own_BLH in zip(parts, output_BLH.split([part.num_rows for part in parts]), strict=True):
         with part.own_random():
-            kept_BLH = dropout(own_BLH[:, : part.lengths[name]], module.p, training=True)
+            kept_BLH = drop(own_BLH[:, : part.lengths[name]], module.p)
         dropped.append(pad(kept_BLH, (0, 0, 0, output_BLH.shape[1] - kept_BLH.shape[1])))
     return torch.cat(dropped)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from polyprompt.cpu_training import trained_on_cpu
 from polyprompt.methods.base import KeyValues, Part, Prompts
 
 
@@ -29,7 +30,7 @@ def attention_name(attention: str) -> str:
 
 def register() -> None:
     """Make the prompted attention known to transformers, around each implementation with its own kind of mask."""
-    AttentionInterface.register(attention_name("sdpa"), prompted(sdpa_attention_forward))
+    AttentionInterface.register(attention_name("sdpa"), prompted(trained_on_cpu(sdpa_attention_forward)))
     AttentionMaskInterface.register(attention_name("sdpa"), sdpa_mask)
     AttentionInterface.register(attention_name("eager"), prompted(_eager))
     AttentionMaskInterface.register(attention_name("eager"), eager_mask)
@@ -38,6 +39,14 @@ def register() -> None:
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Call the eager attention of the module's own family, which its modelling file defines under this name."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def own_mask(seen_BXX: Tensor, model: Any) -> Tensor:
+    """Return a mask [B, 1, X, X] of the kind that the model's attention takes. seen_BXX: true where a row sees."""
+    mask = seen_BXX[:, None]
+    if model.config._attn_implementation != attention_name("eager"):
+        return mask
+    return (~mask).to(model.dtype) * torch.finfo(model.dtype).min
 
 
 def prompted(wrapped: Callable) -> Callable:
