@@ -106,3 +106,17 @@ def test_it_shares_no_backbone_and_takes_no_input_end() -> None:
     with pytest.raises(ConfigError, match="input_end"):
         tiny.load("bart", input_end="\n")
     assert tiny.model(FullConfig(), "bart").backbone.identity()["sha256"] != tiny.load("t5").identity()["sha256"]
+
+
+def test_choices_side_by_side_score_as_each_alone(begun: Path) -> None:
+    """With <s> before each target, and rows whose choices differ in number and length."""
+    loaded = backbone.load(BackboneConfig(name=str(begun)), train=False, precision="fp32", seed=0)
+    model = PromptedModel(loaded, tiny.build(PromptTuningConfig(length=3), loaded.dims(2), seed=0)).eval()
+    ids = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
+    row = (ids, (ids != 0).long(), torch.tensor([0, 1]))
+    choices = [[[5, 1], [6, 7, 8, 1]], [[9, 1], [9, 5, 1], [4, 1]]]
+    for number, scores in enumerate(model.score_choices(*row, choices)):
+        for choice, score in zip(choices[number], scores, strict=True):
+            labels = torch.tensor([choice])
+            alone = model(*(part[number : number + 1] for part in row[:2]), labels, row[2][number : number + 1])
+            assert -score == pytest.approx(alone.total.item(), abs=1e-5)

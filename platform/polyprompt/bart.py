@@ -134,10 +134,10 @@ class Bart(Backbone):
         """While inside, the decoder's pieces have these positions: its forward pass takes none from outside."""
         own = threading.get_ident()
 
-        def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-            return (args, {**kwargs, "position_ids": position_BX}) if threading.get_ident() == own else None
+        def place(module: Any, args: Any, made: Tensor) -> Tensor | None:
+            return nn.Embedding.forward(module, position_BX + module.offset) if threading.get_ident() == own else None
 
-        hook = self.model.model.decoder.embed_positions.register_forward_pre_hook(place, with_kwargs=True)
+        hook = self.model.model.decoder.embed_positions.register_forward_hook(place)
         try:
             yield
         finally:
