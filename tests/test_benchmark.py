@@ -260,8 +260,8 @@ def test_figures_of_other_code_are_not_mixed_in(job_here: Job, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_quick(tmp_path: Path, shared_data: Path) -> None:
-    """Cases that cover every loop; a second call measures nothing again."""
-    names = ["platform cost, small steps", "SMoP and*", "HyperPrompt folded", "trials*", "utilisation bf16"]
+    """Every loop; a second call measures nothing again."""
+    names = ["platform cost, small steps", "SMoP and*", "trials*"]
     command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), "--quick", "--threads", "1", "--cases", *names]
     command += ["--out", str(tmp_path / "out"), "--data", str(shared_data)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -269,9 +269,11 @@ def test_quick(tmp_path: Path, shared_data: Path) -> None:
     made = Results.read(tmp_path / "out" / "results.json")
     assert len(made.groups) == len(names)
     found = {one.ratio.name: one for one in report.ratios(made)}
-    assert len(found) == 11
+    assert len(found) == 8
     assert found["8 SMoP trials in a pack, one after another: losses differ by"].met
-    assert found["SMoP ÷ PEFT prompt tuning, memory above the backbone"].met
+    for what in ("memory above the backbone", "inference FLOPs"):
+        # 95 tokens fewer a row.
+        assert found[f"SMoP ÷ PEFT prompt tuning, {what}"].value.median < 0.9
     packed = made.groups["trials on one backbone"][1][0]
     assert len(packed.losses) == 8
     assert all(len(curve) >= 3 for curve in packed.losses)
