@@ -169,15 +169,15 @@ def test_memory_is_within_15_percent_of_what_a_step_takes(
 def test_a_backbone_without_weights_is_planned_by_its_shapes(
     small_run: dict[str, Any], tiny_t5: Path, tmp_path: Path
 ) -> None:
-    """On eight workers a shard is an eighth; what is whole for a while is a part of the model."""
+    """On two workers a shard is a half; what is whole for a while is a part of the model."""
     bare = tmp_path / "bare"
     shutil.copytree(tiny_t5, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    table = {**small_run, "backbone": {"name": str(bare)}, "train": {**small_run["train"], "num_shards": 8}}
+    table = {**small_run, "backbone": {"name": str(bare)}, "train": {**small_run["train"], "num_shards": 4}}
     with pytest.raises(ConfigError, match="cannot be loaded"):
         plan(check(table))
     with_weights = rehearse(check({**table, "backbone": {"name": str(tiny_t5)}}))
     ddp, fsdp = (
-        rehearse(check({**table, "compute": {"num_workers": 8, "strategy": strategy, "gradient_sum": "ddp"}}))
+        rehearse(check({**table, "compute": {"num_workers": 2, "strategy": strategy, "gradient_sum": "ddp"}}))
         for strategy in ("ddp", "fsdp")
     )
     assert with_weights.without_weights is None
@@ -188,7 +188,7 @@ def test_a_backbone_without_weights_is_planned_by_its_shapes(
     for part in ("weights", "gradients", "optimizer", "activations"):
         assert with_weights.memory.parts[part] == ddp.memory.parts[part]
     for part in ("weights", "gradients", "optimizer"):
-        assert fsdp.memory.parts[part] == pytest.approx(ddp.memory.parts[part] / 8, rel=0.25)  # small ones are padded
+        assert fsdp.memory.parts[part] == pytest.approx(ddp.memory.parts[part] / 2, rel=0.1)  # small ones are padded
     assert fsdp.memory.at_once < ddp.memory.at_once
     light = {"name": str(bare), "gradient_checkpointing": True}
     on_gpu = rehearse(check({**table, "backbone": light, "compute": {"num_workers": 1, "use_gpu": True}}))

@@ -8,7 +8,9 @@ scales twice, and looks for rows without a key. On other devices everything stay
 Letters: B rows of a batch, N heads, Q queries, X keys, D head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,25 @@ from torch import Tensor, nn
 
 #: The values of the numbers that decide: p is rounded to a multiple of 1 / LEVELS.
 LEVELS = 2**16
+_Around = Callable[[], AbstractContextManager[Any]]
+_ELSEWHERE: ContextVar[_Around | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def as_elsewhere(around: _Around) -> Iterator[None]:
+    """While inside, tensors on the CPU are treated as those on other devices: for a plan of what a GPU needs.
+
+    around: entered for each call of torch's attention.
+    """
+    token = _ELSEWHERE.set(around)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(token)
+
+
+def _here(x: Tensor) -> bool:
+    return x.device.type == "cpu" and _ELSEWHERE.get() is None
 
 
 def drop(x: Tensor, p: float) -> Tensor:
@@ -23,7 +44,7 @@ def drop(x: Tensor, p: float) -> Tensor:
 
     Draws from torch's global stream; on the CPU in one thread, so the number of threads changes nothing.
     """
-    if x.device.type != "cpu":
+    if not _here(x):
         return torch.dropout(x, p, train=True)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
@@ -63,12 +84,13 @@ def trained_on_cpu(wrapped: Callable) -> Callable:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         trained_bias = position_bias is not None and position_bias.requires_grad
-        if query_BNQD.device.type != "cpu" or not (dropout > 0 or trained_bias):
+        if not _here(query_BNQD) or not (dropout > 0 or trained_bias):
             given = {} if position_bias is None else {"position_bias": position_bias}
-            return wrapped(
-                module, query_BNQD, key_BNXD, value_BNXD, mask,
-                dropout=dropout, scaling=scaling, is_causal=is_causal, **given, **kwargs,
-            )  # fmt: skip
+            with (_ELSEWHERE.get() or nullcontext)():
+                return wrapped(
+                    module, query_BNQD, key_BNXD, value_BNXD, mask,
+                    dropout=dropout, scaling=scaling, is_causal=is_causal, **given, **kwargs,
+                )  # fmt: skip
         repeats = query_BNQD.shape[1] // key_BNXD.shape[1]
         if repeats > 1:  # heads of queries that share those of keys and values
             key_BNXD, value_BNXD = (t.repeat_interleave(repeats, dim=1) for t in (key_BNXD, value_BNXD))

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 
 from polyprompt import sharding
 from polyprompt.config import RunConfig
+from polyprompt.cpu_training import as_elsewhere
 from polyprompt.data import AnyData
 from polyprompt.model import PromptedModel
 
@@ -147,10 +148,10 @@ class _Step:
                     parameter.register_post_accumulate_grad_hook(tally.take_gradient)
             ids_BT, labels_BS = torch.ones(rows, length).long(), torch.ones(rows, targets).long()
             # Around the backward pass too, in which checkpointing runs layers anew.
-            with _EfficientAttention() if config.compute.use_gpu else nullcontext():
+            with as_elsewhere(_EfficientAttention) if config.compute.use_gpu else nullcontext():
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
                     loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
-                torch.autograd.backward(loss.total + loss.penalty_B.sum())  # Tensor.backward would leave the mode
+                (loss.total + loss.penalty_B.sum()).backward()
         self.most, self.activations = tally.most, tally.most_activations
 
 
