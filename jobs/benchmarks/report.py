@@ -19,6 +19,8 @@ CASE_HEADINGS = (
     "Closed form ÷ counted", "Of GEMM", "Above backbone, MiB", "All tensors, MiB",
     "Without activations, MiB", "Resident peak, MiB",
 )  # fmt: skip
+#: What a terminal has room for; the rest is in the Markdown.
+SHORT = ("Case", "Step, s", "Examples/s", "Real tokens/s", "Of GEMM", "Above backbone, MiB", "Without activations, MiB")
 Row = tuple[str, ...]
 
 
@@ -94,7 +96,7 @@ def describe(group: Group) -> str:
 def tables(results: Results) -> Iterator[Table]:
     """Yield the closing tables of the terminal."""
     for name, (group, measured) in _shown(results):
-        yield _table(f"{name}: {describe(group)}", *_without_empty(CASE_HEADINGS, list(group_rows(measured))))
+        yield _table(f"{name}: {describe(group)}", *_without_empty(CASE_HEADINGS, list(group_rows(measured)), SHORT))
     for title, (headings, cells) in results.tables.items():
         yield _table(title, tuple(headings), [tuple(row) for row in cells])
     if rows := [ratio_row(one) for one in ratios(results)]:
@@ -110,9 +112,9 @@ def _table(title: str, headings: Row, rows: Sequence[Row]) -> Table:
     return shown
 
 
-def _without_empty(headings: Row, rows: Sequence[Row]) -> tuple[Row, list[Row]]:
-    """Leave out the columns that no row fills."""
-    kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+def _without_empty(headings: Row, rows: Sequence[Row], wanted: Row = CASE_HEADINGS) -> tuple[Row, list[Row]]:
+    """Leave out the columns that no row fills, and those that are not wanted."""
+    kept = [i for i, heading in enumerate(headings) if heading in wanted and any(row[i] for row in rows)]
     return tuple(headings[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
 
 
