@@ -24,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyprompt.watch import Watch
 
+#: Numbers that are added at once: they stay in a processor's cache.
+PIECE = 2**18
+
 
 class Workers:
     """This process among its peers. `num` processes; `rank`: its number; `shards`: those computed here; `first`: does
@@ -89,7 +92,7 @@ class Workers:
         offset = 0
         for parameter in self._parameters:
             if parameter.grad is not None:
-                self._buffer[offset : offset + parameter.numel()] += parameter.grad.reshape(-1)
+                _add(self._buffer[offset : offset + parameter.numel()], parameter.grad.reshape(-1))
                 parameter.grad = None
             offset += parameter.numel()
         self._buffer[offset:-1] += totals
@@ -152,3 +155,9 @@ class Workers:
     def meeting(self) -> AbstractContextManager[None]:
         """Around what ends only when all processes have come to it."""
         return self._watch.meeting() if self._watch else nullcontext()
+
+
+def _add(sums: Tensor, more: Tensor) -> None:
+    """Add fp32 numbers to float64 sums. Piece by piece, converted first: torch's addition of two kinds is slow."""
+    for own, part in zip(sums.split(PIECE), more.split(PIECE), strict=True):
+        own += part.double()
