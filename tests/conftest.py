@@ -108,7 +108,7 @@ def small_run(tmp_path: Path, tiny_t5: Path, rows: dict[str, Path], monkeypatch:
             "cache_dir": str(tiny_t5.parent / "cache"),
         },
         "mixture": {"kind": "uniform"},
-        "train": {"max_steps": 12, "batch_size": 12, "num_shards": 4, "logging_steps": 1},
+        "train": {"learning_rate": 1e-3, "max_steps": 12, "batch_size": 12, "num_shards": 4, "logging_steps": 1},
         "evaluate": {"steps": 4},
         "tracking": {"enabled": False},
     }
@@ -149,7 +149,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path
             "max_validation_examples": 12,
             "cache_dir": str(root),
         },
-        "train": {"max_steps": 4, "batch_size": 12, "num_shards": 2},
+        "train": {"learning_rate": 1e-3, "max_steps": 4, "batch_size": 12, "num_shards": 2},
         "tracking": {"enabled": False},
     }
     out = root / "run"

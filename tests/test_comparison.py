@@ -53,7 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, migrated_db: P
         "backbone": {"name": str(tiny_t5), "trainable": True},
         "tasks": ["embedded/nli", "embedded/wic"],
         "data": {"max_train_examples": 24, "max_validation_examples": 10, "cache_dir": str(root / "cache")},
-        "train": {"max_steps": 4, "batch_size": 6, "num_shards": 2, "logging_steps": 2},
+        "train": {"learning_rate": 1e-3, "max_steps": 4, "batch_size": 6, "num_shards": 2, "logging_steps": 2},
         "evaluate": {"steps": 2},
         "tracking": {"uri": uri, "experiment": "demo", "system_metrics_interval_seconds": None},
     }

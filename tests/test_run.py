@@ -100,7 +100,7 @@ def test_a_folder_in_use_is_refused(small_run: Table, tmp_path: Path) -> None:
         go(small_run, out)
     (out / "thesis.tex").unlink()
     go(small_run, out)
-    other = {**small_run, "train": {**small_run["train"], "learning_rate": 0.5, "scale_parameter": True}}
+    other = {**small_run, "train": {**small_run["train"], "learning_rate": 0.5}}
     with pytest.raises(ConfigError, match=r"another config \(train\.learning_rate: 0\.001 there, 0\.5 here\)"):
         go(other, out)
     with pytest.raises(ConfigError, match="in use: it holds the finished run"):
