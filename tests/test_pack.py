@@ -300,7 +300,8 @@ def test_all_runs_have_the_same_backbone() -> None:
         pack.load(drawn, train=False, precision="fp32", seed=2)
 
 
-def test_decoder_only_backbones_are_refused() -> None:
-    config = BackboneConfig(name=str(tiny.folder("llama")))
-    with pytest.raises(ConfigError, match="decoder-only"):
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_only_backbones_of_t5s_family_are_shared(family: str) -> None:
+    config = BackboneConfig(name=str(tiny.folder(family)))
+    with pytest.raises(ConfigError, match="not of T5's family"):
         Pack().load(config, train=False, precision="fp32", seed=0)

@@ -268,7 +268,9 @@ def test_a_scheduler_needs_evaluations_on_the_way() -> None:
 
 
 def test_another_method_starts_a_fresh_table() -> None:
-    base = {**BASE, "method": {"name": "hyperprompt", "reduction": 4}}
+    base: dict[str, Any] = {
+        **BASE, "method": {"name": "hyperprompt", "reduction": 4}, "train": {"learning_rate": 1e-3}
+    }  # fmt: skip
     config = configure(
         base, {"method.name": "smop", "method.length": 3, "train.group_learning_rates.prompt": 0.1}, seed=7
     )
@@ -276,7 +278,7 @@ def test_another_method_starts_a_fresh_table() -> None:
     assert config.train.seed == 7
     assert config.train.group_learning_rates == {"prompt": 0.1}
     assert configure(base, {"method.encoder_length": 3}).method.reduction == 4  # type: ignore[union-attr]
-    base["train"] = {"group_learning_rates": {"prompt": 0.2, "hypernetwork": 0.3}}
+    base["train"]["group_learning_rates"] = {"prompt": 0.2, "hypernetwork": 0.3}
     assert configure(base, {"method.name": "smop"}).train.group_learning_rates == {"prompt": 0.2}
 
 

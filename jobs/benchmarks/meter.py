@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -136,8 +138,8 @@ def live_tensor_bytes() -> int:
     """Return the bytes of all tensors that Python knows of and their gradients, each storage once."""
     storages = {}
     for thing in gc.get_objects():
-        # Not isinstance, which asks objects for their __class__: some warn.
-        if issubclass(type(thing), torch.Tensor):
+        # Not isinstance, which asks objects for their __class__: some warn. The tensors of a trace have no data.
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), (FakeTensor, FunctionalTensor)):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.device.type != "meta":
                     storage = tensor.untyped_storage()
