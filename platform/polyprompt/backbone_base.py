@@ -171,6 +171,12 @@ def begins(owner_BS: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(owner_BS[:, :1], dtype=torch.bool), owner_BS[:, 1:] != owner_BS[:, :-1]], dim=1)
 
 
+def offsets(begins_BS: Tensor) -> Tensor:
+    """Return how far each piece is from the beginning of its target."""
+    place_S = torch.arange(begins_BS.shape[1], device=begins_BS.device)
+    return place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values
+
+
 def seen(owner_BX: Tensor, real_BX: Tensor) -> Tensor:
     """Return [B, X, X], true where a position (the row) sees another (the column) of targets side by side.
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from polyprompt import adapted
-from polyprompt.backbone_base import INPUT, Backbone, Encoded, begin_token, begins, seen, with_input_prompts
+from polyprompt.backbone_base import INPUT, Backbone, Encoded, begin_token, begins, offsets, seen, with_input_prompts
 from polyprompt.methods.base import Dims, Prompts, StackDims
 from polyprompt.prompted_attention import own_mask
 from polyprompt.sampling import LogitsProcessor
@@ -118,15 +118,12 @@ class Bart(Backbone):
         """Each target begins from the last piece that all begin from; what is before that is theirs in common."""
         *common, last = self._begin(targets_BS)[0].tolist()
         begins_BS = begins(owner_BS)
-        place_S = torch.arange(targets_BS.shape[1], device=targets_BS.device)
-        # How far a piece is from the beginning of its target.
-        offset_BS = place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values
         common_BC = targets_BS.new_tensor(common).expand(len(targets_BS), -1)
         place_BC = torch.arange(len(common), device=targets_BS.device).expand_as(common_BC)
         owner_BX = torch.cat([torch.full_like(common_BC, INPUT), owner_BS], dim=1)
         mask = own_mask(seen(owner_BX, torch.ones_like(owner_BX)), self.model)
         ids_BX = torch.cat([common_BC, targets_BS.roll(1, dims=1).masked_fill(begins_BS, last)], dim=1)
-        with self._positions(torch.cat([place_BC, offset_BS + len(common)], dim=1)):
+        with self._positions(torch.cat([place_BC, offsets(begins_BS) + len(common)], dim=1)):
             return self._decode(ids_BX, encoded, prompts, targets_BS.shape[1], mask)
 
     @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from polyprompt import adapted
-from polyprompt.backbone_base import INPUT, Backbone, Encoded, begin_token, begins, seen, with_input_prompts
+from polyprompt.backbone_base import INPUT, Backbone, Encoded, begin_token, begins, offsets, seen, with_input_prompts
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Dims, Prompts, StackDims
 from polyprompt.prompted_attention import own_mask
@@ -174,10 +174,9 @@ class DecoderOnly(Backbone):
         begins_BS = begins(owner_BS)
         before_BSH = super().embed(targets_BS.roll(1, dims=1)).to(hidden_BTH.dtype)
         before_BSH = torch.where(begins_BS[:, :, None], encoded.hidden_BTH[:, -1:], before_BSH)
-        place_S = torch.arange(targets_BS.shape[1], device=targets_BS.device)
-        # How far a piece is from the beginning of its target.
-        offset_BS = place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values
-        position_BX = torch.cat([(mask_BT.cumsum(dim=1) - 1).clamp(min=0), mask_BT.sum(1, True) + offset_BS], dim=1)
+        position_BX = torch.cat(
+            [(mask_BT.cumsum(dim=1) - 1).clamp(min=0), mask_BT.sum(1, True) + offsets(begins_BS)], dim=1
+        )
         owner_BX = torch.cat([torch.full_like(mask_BT, INPUT), owner_BS], dim=1)
         seen_BXX = seen(owner_BX, torch.cat([mask_BT, torch.ones_like(owner_BS)], dim=1))
         mask: Any = own_mask(seen_BXX, self.model)
