@@ -2,10 +2,13 @@
 
 Works with torch.distributed alone: whoever started the processes (Ray Train, torchrun, nobody) does not matter.
 
-`exact`: every shard's fp32 gradient is added to a float64 buffer, the buffers are summed over processes, and the sum
-is rounded to fp32 once. A sum of a few fp32 numbers is exact in float64 (29 spare bits) but for rare last-bit cases, so
-the result does not depend on which process computed which shard, and runs on 1, 2, 3, … processes stay equal, not
-merely close. Costs: 8 bytes a trained parameter, and no overlap of communication with the backward pass.
+`exact`: every shard's fp32 gradient, rounded to a multiple of 2^-52, is added to a float64 buffer, the buffers are
+summed over processes, and the sum is rounded to fp32 once. Multiples of 2^-52 add up without any rounding as long as
+their sums stay within +-2, so the result does not depend on which process computed which shard, and runs on 1, 2, 3, …
+processes stay equal, not merely close. Float64 alone would not do: a shard's 1e-20 beside another's 1e-4 is lost or
+not, as the order has it, and decides ties of the last rounding. What is dropped, at most 1.1e-16 a shard, is beneath
+the optimizers' own epsilon. An element of 2 and more has float64's 29 spare bits as its only protection.
+Costs: 8 bytes a trained parameter, and no overlap of communication with the backward pass.
 `ddp`: torch's DistributedDataParallel. It overlaps, and its rounding depends on the number of processes.
 `fsdp`: torch's FSDP2, which has cut up the model (sharding.py) and sums behind each layer. A forward or backward pass
 ends only when all processes do it, so all have equally many.
@@ -26,6 +29,8 @@ from polyprompt.watch import Watch
 
 #: Numbers that are added at once: they stay in a processor's cache.
 PIECE = 2**18
+#: Adding and subtracting it rounds a float64 below 0.5 to a multiple of 2^-52. An fp32 number above is one already.
+ROUNDING = 1.5
 
 
 class Workers:
@@ -158,6 +163,9 @@ class Workers:
 
 
 def _add(sums: Tensor, more: Tensor) -> None:
-    """Add fp32 numbers to float64 sums. Piece by piece, converted first: torch's addition of two kinds is slow."""
+    """Add fp32 numbers to float64 sums, on their grid (see above).
+
+    Piece by piece, converted first: torch's addition of two kinds is slow.
+    """
     for own, part in zip(sums.split(PIECE), more.split(PIECE), strict=True):
-        own += part.double()
+        own += part.double().add_(ROUNDING).sub_(ROUNDING)
