@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from polyprompt import training_defaults
+from polyprompt import precision, training_defaults
 from polyprompt.compute_config import ComputeConfig
 from polyprompt.method_configs import (
     AdapterConfig,
@@ -161,6 +161,7 @@ class TrainConfig(Section):
     #: Clip the norm of the whole gradient (None: no clipping).
     max_grad_norm: PositiveFloat | None = 1.0
     #: bf16: frozen weights are stored in bf16, trained ones stay fp32 and compute in bf16. fp16 overflows on T5.
+    #: A recipe may say auto: bf16 on GPUs and on CPUs that have it, else fp32 (precision.py).
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: NonNegativeInt = 42
     logging_steps: PositiveInt = 10
@@ -268,7 +269,8 @@ class RunConfig(Section):
     def _short_forms(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        return training_defaults.filled(_with_new_tasks(long_form(data)), cls.model_fields["method"].default.name)
+        table = precision.resolved(_with_new_tasks(long_form(data)))
+        return training_defaults.filled(table, cls.model_fields["method"].default.name)
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

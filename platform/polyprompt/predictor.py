@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from polyprompt import backbone as backbones
-from polyprompt import checkpoint, token_store
+from polyprompt import checkpoint, precision, token_store
 from polyprompt.checkpoint import Bundle
 from polyprompt.collation import collate, frugal_batches, length_batches
 from polyprompt.errors import BundleError, DataError, hint
@@ -98,6 +98,7 @@ class Predictor:
         opened = bundle if isinstance(bundle, Bundle) else checkpoint.read(bundle)
         config = opened.config.with_backbone_at(backbone)
         self.config, self.bundle, self.device = config, opened.folder, torch.device(device)
+        precision.warn_of_emulation(config.train.precision, self.device)
         self.tasks: tuple[Task | None, ...] = catalog.forms(config)
         self.model = model_of(config, len(self.tasks), opened, load)
         self.model.eval().to(self.device)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyprompt import checkpoint, fingerprint, retry, sharding
+from polyprompt import checkpoint, fingerprint, precision, retry, sharding
 from polyprompt.batches import Batches
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData
@@ -229,6 +229,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
 
 def _start(job: Job, device: torch.device, workers: Workers, seat: Seat | None) -> Start:
     """Build everything and put it where the newest whole bundle says."""
+    precision.warn_of_emulation(job.config.train.precision, device)
     bundle = checkpoint.newest(job.bundles)
     model, data = build(job.config, bundle, seat.pack.load if seat else job.load)
     identity = model.backbone.identity()  # of the weights before any training
