@@ -11,9 +11,12 @@ import torch
 from test_source_prompts import finished
 
 from polyprompt.recipe import check
+from polyprompt.training_defaults import TRAIN_BACKBONE
 from polyprompt.worker import Job, train
 
 GOLDEN = Path(__file__).parent / "golden"
+#: Methods that, at the others' learning rate, amplify a processor's last bits to 0.1 within the 8 steps.
+AMPLIFYING = (*TRAIN_BACKBONE, "hyperformer")
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "prompt_tuning": {"length": 4},
@@ -38,7 +41,7 @@ def test_the_curve_is_as_it_was(small_run: dict[str, Any], tmp_path: Path, metho
     if method == "attempt":
         source = finished(small_run, tmp_path / "source", name="prompt_tuning", length=3)
         small_run["method"]["sources"] = [str(source)]
-    small_run["train"] |= {"max_steps": 8, "learning_rate": 0.01}
+    small_run["train"] |= {"max_steps": 8, "learning_rate": 3e-3 if method in AMPLIFYING else 1e-2}
     small_run["evaluate"] = {}
     state = train(Job(check(small_run), tmp_path, handle=None), torch.device("cpu"), lambda metrics, bundle: None).state
     curve = "".join(f"{step} {loss:.5f}\n" for step, loss in state.loss_curve)
@@ -47,5 +50,5 @@ def test_the_curve_is_as_it_was(small_run: dict[str, Any], tmp_path: Path, metho
         file.write_text(curve)
         pytest.fail(f"{file} was missing and is written now: look at it and commit it")
     for line, expected in zip(curve.splitlines(), file.read_text().splitlines(), strict=True):
-        # Processors differ in the last bits, which a few steps amplify.
-        assert [float(x) for x in line.split()] == pytest.approx([float(x) for x in expected.split()], abs=5e-4)
+        # Processors differ in the last bits, which a few steps amplify: between AVX2 and SSE4.2 to 1e-5.
+        assert [float(x) for x in line.split()] == pytest.approx([float(x) for x in expected.split()], abs=1e-4)
