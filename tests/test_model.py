@@ -159,6 +159,39 @@ def test_greedy_generation_takes_the_likeliest_piece_at_each_step() -> None:
         assert made[row].tolist() == written + [0] * (made.shape[1] - len(written))
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "llama", "gpt2"])
+def test_what_is_written_has_its_likelihood_from_one_reading(family: str) -> None:
+    model = tiny.model(tiny.fitting(HYPER, family), family)
+    if family == "t5":  # as it is, it writes padding alone
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in model.backbone.parameters():
+                weight.normal_(0, 0.5, generator=generator)
+    made = model.generate(*scored_rows(), max_new_tokens=5)
+    # What some rows write and others do not is made the end token, so that they end early and late.
+    end = next(int(piece) for piece in made[made > 2].unique() if 0 < (made == piece).any(dim=1).sum() < len(made))
+    model.backbone.tokenizer.eos_token_id = model.backbone.model.generation_config.eos_token_id = end
+    passes: list[int] = []
+    model.backbone.model.register_forward_hook(lambda module, args, output: passes.append(1))
+    rows = scored_rows()
+    written = model.answer(*rows, [[]] * len(rows[0]), max_new_tokens=9)
+    assert len(passes) == max(len(ids) for ids, _ in written)
+    assert len({len(ids) for ids, _ in written}) > 1
+    ended = model.generate(*scored_rows(), max_new_tokens=9).tolist()
+    scores = model.score_choices(*scored_rows(), [[ids] for ids, _ in written])
+    for (ids, score), whole, (expected,) in zip(written, ended, scores, strict=True):
+        assert ids == whole[: len(ids)]
+        assert set(whole[len(ids) :]) <= {model.backbone.tokenizer.pad_token_id}
+        assert end not in ids[:-1]
+        assert score == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    choices = [[[5, end], [7, 8, end]] if row % 2 else [] for row in range(len(rows[0]))]
+    both = model.answer(*rows, choices, max_new_tokens=9)
+    ranked = model.score_choices(*(part[1::2] for part in rows), choices[1::2])
+    assert [answer.ids for answer in both[::2]] == [ids for ids, _ in written[::2]]
+    for answer, wanted in zip(both[1::2], ranked, strict=True):
+        assert answer == pytest.approx(wanted, abs=1e-5, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "train", "groups"),
     [

@@ -17,7 +17,7 @@ from polyprompt.collation import IGNORED, padded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.methods.base import Method, ParameterGroup, Prompts
-from polyprompt.sampling import Sampling
+from polyprompt.sampling import Likelihoods, Sampling
 from polyprompt.tasks.records import TextTask
 
 #: Choices are scored in slices whose logits hold at most this many numbers (512 MiB in fp32).
@@ -49,6 +49,13 @@ class Counts(NamedTuple):
     trained: int
     method: int
     backbone: int
+
+
+class Written(NamedTuple):
+    """What greedy search wrote for a row, its end token included, and its log-likelihood."""
+
+    ids: list[int]
+    score: float
 
 
 class PromptedModel(nn.Module):
@@ -119,6 +126,40 @@ class PromptedModel(nn.Module):
         )
 
     @torch.no_grad()
+    def answer(
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor,
+        task_B: Tensor,
+        choices: Sequence[Sequence[Sequence[int]]],
+        *,
+        max_new_tokens: int,
+    ) -> list[list[float] | Written]:
+        """Return the log-likelihood of every choice of each row; of a row without choices, what greedy search writes.
+
+        As of `score_choices` and `generate`, from one reading of the inputs of all. choices: as there; [] for none.
+        """
+        encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
+        answers: dict[int, list[float] | Written] = {}
+        ranked, written = ([row for row, own in enumerate(choices) if bool(own) == has] for has in (True, False))
+        if ranked:
+            scores = self._rank(*_rows(encoded, prompts, ranked), [choices[row] for row in ranked])
+            answers |= zip(ranked, scores, strict=True)
+        if written:
+            answers |= zip(written, self._write(*_rows(encoded, prompts, written), max_new_tokens), strict=True)
+        return [answers[row] for row in range(len(choices))]
+
+    def _write(self, encoded: Encoded, prompts: Prompts, max_new_tokens: int) -> list[Written]:
+        likelihoods = Likelihoods()
+        ids_BS = self.backbone.generate(
+            encoded, prompts, max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, processors=[likelihoods]
+        )
+        ended_BS = (ids_BS == self.backbone.tokenizer.eos_token_id).long()
+        real_BS = ended_BS.cumsum(dim=1) == ended_BS  # up to the first end token
+        scores, lengths = likelihoods.total(real_BS).tolist(), real_BS.sum(dim=1).tolist()
+        return [Written(ids[:end], score) for ids, end, score in zip(ids_BS.tolist(), lengths, scores, strict=True)]
+
+    @torch.no_grad()
     def score_choices(
         self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor, choices: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[float]]:
@@ -127,14 +168,18 @@ class PromptedModel(nn.Module):
         choices: the target ids of each choice of each row, end token included. The input is read once for each row, and
         its choices stand side by side behind it.
         """
-        encoded, prompts = self._encode(input_ids_BT, mask_BT, task_B)
+        return self._rank(*self._encode(input_ids_BT, mask_BT, task_B), choices)
+
+    def _rank(
+        self, encoded: Encoded, prompts: Prompts, choices: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """Score slices of rows, such that their logits fit."""
         longest = max(sum(map(len, own)) for own in choices)
         slice_rows = max(1, MAX_SCORED_LOGITS // max(1, longest * self.backbone.model.config.vocab_size))
         scores: list[list[float]] = []
-        for row_C in torch.arange(len(choices), device=input_ids_BT.device).split(slice_rows):
-            own = Encoded(encoded.hidden_BTH[row_C], encoded.mask_BT[row_C])
-            slice_choices = choices[len(scores) : len(scores) + len(row_C)]
-            scores += self._score(own, _decoder_rows(prompts, row_C), slice_choices)
+        for rows in torch.arange(len(choices)).split(slice_rows):
+            slice_choices = choices[len(scores) : len(scores) + len(rows)]
+            scores += self._score(*_rows(encoded, prompts, rows.tolist()), slice_choices)
         return scores
 
     def _score(
@@ -314,9 +359,12 @@ def check_window(config: RunConfig, task: TextTask, backbone: Backbone, method: 
         )
 
 
-def _decoder_rows(prompts: Prompts, row_C: Tensor) -> Prompts:
+def _rows(encoded: Encoded, prompts: Prompts, rows: Sequence[int]) -> tuple[Encoded, Prompts]:
+    """Return what the decoder needs of these rows."""
+    row_C = torch.tensor(rows, device=encoded.mask_BT.device)
     made = prompts.decoder
-    return Prompts(
+    own = Prompts(
         decoder=made and made.of_rows(row_C),
         adapters={stack: own.of_rows(row_C) for stack, own in prompts.adapters.items() if stack == "decoder"},
     )
+    return Encoded(encoded.hidden_BTH[row_C], encoded.mask_BT[row_C]), own

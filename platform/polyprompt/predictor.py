@@ -16,7 +16,7 @@ from polyprompt import checkpoint, precision, token_store
 from polyprompt.checkpoint import Bundle
 from polyprompt.collation import collate, frugal_batches, length_batches
 from polyprompt.errors import BundleError, DataError, hint
-from polyprompt.model import input_limit
+from polyprompt.model import Written, input_limit
 from polyprompt.plan import Load, model_of
 from polyprompt.result import RunResult
 from polyprompt.run_folder import BUNDLES, RESULT, best_bundle
@@ -112,11 +112,6 @@ class Predictor:
         """The tasks that it can be asked."""
         return list(self._index)
 
-    @property
-    def free_text_tasks(self) -> frozenset[str]:
-        """Those without choices, unless a row has some."""
-        return frozenset(task.name for task in self.tasks if task is not None and not task.choices)
-
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 64, mode: str | None = None
     ) -> list[Prediction]:
@@ -149,8 +144,8 @@ class Predictor:
             except DataError as error:
                 answers[place] = Prediction(error=str(error))
         rank = (mode or self.config.evaluate.mode) == "rank"
-        for batch in self._batches(asks, batch_size, rank):
-            for ask, answer in zip(batch, self._answer(batch, rank and bool(batch[0].choice_ids)), strict=True):
+        for batch in self._batches(asks, batch_size):
+            for ask, answer in zip(batch, self._answer(batch, rank), strict=True):
                 answers[ask.place] = answer
         return [answers[place] for place in range(len(examples))]
 
@@ -187,42 +182,39 @@ class Predictor:
         choice_ids = self._choice_ids[index] if shared else writer.choice_ids(example.choices, name)
         return _Ask(place, index, task.name, example, TokenRow(tokens, []), choice_ids)
 
-    def _batches(self, asks: Sequence[_Ask], batch_size: int, rank: bool) -> Iterator[list[_Ask]]:
-        """Rows that are ranked and rows that are generated apart, each of like length together."""
-        for ranked in (True, False):
-            kind = [ask for ask in asks if (rank and bool(ask.choice_ids)) == ranked]
-            lengths = [len(ask.tokens.input_ids) for ask in kind]
-            # A GPU is not full of a part of a batch.
-            frugal = self.device.type == "cpu"
-            cuts = frugal_batches(lengths, batch_size, BATCH_COST) if frugal else length_batches(lengths, batch_size)
-            for indices in cuts:
-                yield [kind[i] for i in indices]
+    def _batches(self, asks: Sequence[_Ask], batch_size: int) -> Iterator[list[_Ask]]:
+        """Rows of like length together."""
+        lengths = [len(ask.tokens.input_ids) for ask in asks]
+        # A GPU is not full of a part of a batch.
+        frugal = self.device.type == "cpu"
+        cuts = frugal_batches(lengths, batch_size, BATCH_COST) if frugal else length_batches(lengths, batch_size)
+        for indices in cuts:
+            yield [asks[i] for i in indices]
 
     @torch.inference_mode()
-    def _answer(self, asks: Sequence[_Ask], ranked: bool) -> Iterator[Prediction]:
+    def _answer(self, asks: Sequence[_Ask], rank: bool) -> Iterator[Prediction]:
+        """rank: where a row has choices, the likeliest is its answer; else all write theirs."""
         tokenizer = self.model.backbone.tokenizer
         batch = collate([ask.tokens for ask in asks], [ask.task for ask in asks], tokenizer.pad_token_id).to(
             self.device
         )
-        given = (batch.input_ids_BT, batch.mask_BT, batch.task_B)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            if ranked:
-                scores = self.model.score_choices(*given, [ask.choice_ids for ask in asks])
-            else:
-                ids = self.model.generate(*given, max_new_tokens=self.config.data.max_target_tokens)
-                written = [_without_padding(row, tokenizer) for row in ids.tolist()]
-                scores = self.model.score_choices(*given, [[row] for row in written])
-        for row, (ask, own) in enumerate(zip(asks, scores, strict=True)):
-            best = max(range(len(own)), key=own.__getitem__)
-            yield Prediction(
-                task=ask.task_name,
-                input=ask.example.input,
-                prediction=ask.example.choices[best]
-                if ranked
-                else tokenizer.decode(written[row], skip_special_tokens=True).strip(),
-                score=own[best],
-                choice_scores=dict(zip(ask.example.choices, own, strict=True)) if ranked else {},
+            answers = self.model.answer(
+                batch.input_ids_BT,
+                batch.mask_BT,
+                batch.task_B,
+                [ask.choice_ids if rank else [] for ask in asks],
+                max_new_tokens=self.config.data.max_target_tokens,
             )
+        for ask, answer in zip(asks, answers, strict=True):
+            if isinstance(answer, Written):
+                text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+                yield Prediction(ask.task_name, ask.example.input, text, answer.score)
+            else:
+                best = max(range(len(answer)), key=answer.__getitem__)
+                scores = dict(zip(ask.example.choices, answer, strict=True))
+                choice = ask.example.choices[best]
+                yield Prediction(ask.task_name, ask.example.input, choice, answer[best], scores)
 
 
 def _example(task: Task, fields: Mapping[str, Any]) -> Example:
@@ -255,10 +247,3 @@ def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
     if not fits or len(set(given)) < len(given):
         raise DataError(f"field {CHOICES!r} is {given!r}; expected a list of different texts")
     return tuple(given)
-
-
-def _without_padding(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Cut what was generated behind its end token, which is kept."""
-    if tokenizer.eos_token_id in ids:
-        return list(ids[: ids.index(tokenizer.eos_token_id) + 1])
-    return list(ids)

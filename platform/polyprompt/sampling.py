@@ -1,6 +1,7 @@
-"""Sampling by row: each row is drawn from a random stream of its own.
+"""What is done to the logits of a greedy search: sampling by row, and keeping the likelihood of what is written.
 
-The likeliest of logits + Gumbel noise is a draw from their softmax, so greedy search over noisy logits samples.
+Each row is drawn from a random stream of its own: the likeliest of logits + Gumbel noise is a draw from their softmax,
+so greedy search over noisy logits samples.
 
 Letters: B rows of a batch, V vocabulary.
 """
@@ -15,6 +16,23 @@ from polyprompt.errors import ConfigError
 
 #: (ids written so far, logits_BV) → logits_BV.
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+class Likelihoods:
+    """A processor that changes nothing and keeps, of each step of a greedy search, the log-likelihood of what it
+    writes: of the logits themselves there would be a vocabulary for every piece."""
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def __call__(self, ids: Tensor, logits_BV: Tensor) -> Tensor:
+        scores_BV = logits_BV.float()
+        self._steps.append(scores_BV.amax(dim=1) - scores_BV.logsumexp(dim=1))
+        return logits_BV
+
+    def total(self, real_BS: Tensor) -> Tensor:
+        """Return the sum of each row. real_BS: which pieces are of its text; the others came behind its end."""
+        return torch.stack(self._steps, dim=1).where(real_BS, 0).sum(dim=1)
 
 
 @dataclass(frozen=True)

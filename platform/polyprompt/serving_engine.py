@@ -95,11 +95,9 @@ class Engine:
 
 
 def _kind(asked: tuple[Predictor, Ask]) -> Hashable:
-    """Rows that can be answered together: of one model and mode, and as far as it can be told beforehand, all ranked or
-    all generated."""
+    """Rows that can be answered together: of one model and mode."""
     predictor, ask = asked
-    generated = "choices" not in ask.row and ask.row["task"] in predictor.free_text_tasks
-    return id(predictor), ask.mode, generated
+    return id(predictor), ask.mode
 
 
 def _reply(found: Prediction | Exception, ask: Ask, batch_rows: int) -> Reply:
