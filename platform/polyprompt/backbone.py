@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from polyprompt import adapted, decoder_only, prompted_attention
+from polyprompt import adapted, decoder_only, flex, prompted_attention
 from polyprompt.backbone_base import Backbone, Encoded, begins, seen, with_input_prompts
 from polyprompt.bart import Bart
 from polyprompt.config import BackboneConfig
@@ -82,6 +82,10 @@ class EncoderDecoder(Backbone):
             for layer, block in enumerate(getattr(model, stack).block):
                 block.layer[0].SelfAttention.prompt_spot = (stack, layer)
                 adapted.tag(stack, layer, block.layer[0].SelfAttention, block.layer[-1].DenseReluDense)
+        if model.config._attn_implementation == prompted_attention.attention_name("flex"):
+            for stack in (model.encoder, model.decoder):
+                flex.tag(stack.block[0].layer[0].SelfAttention)
+            flex.tag(model.decoder.block[0].layer[1].EncDecAttention)
         config = model.config
         start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id
         model.generation_config = GenerationConfig(
@@ -278,6 +282,11 @@ def _backbone(
 
 def _kind(config: BackboneConfig, model_config: Any) -> type[Backbone]:
     """Return the kind of backbone that the model's config describes."""
+    if config.attention == "flex" and model_config.model_type not in flex.FAMILIES:
+        raise ConfigError(
+            f"backbone.attention=flex computes the position bias of {' and '.join(flex.FAMILIES)}, but backbone.name="
+            f"{config.name} is a {model_config.model_type!r} model. Use backbone.attention=sdpa"
+        )
     if model_config.model_type in decoder_only.FAMILIES:
         return DecoderOnly
     if model_config.model_type not in FAMILIES or not model_config.is_encoder_decoder:

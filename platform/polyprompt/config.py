@@ -65,7 +65,8 @@ class BackboneConfig(Section):
     trainable: bool | Literal["layer_norms"] | None = None
     #: None: the model's own rate.
     dropout: Fraction | None = None
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    #: flex: of T5's kind, on GPUs, in memory that grows with the length and not with its square (flex.py).
+    attention: Literal["sdpa", "eager", "flex"] = "sdpa"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     #: Decoder-only models: the one token between input and target, as text. None: a newline.
@@ -76,6 +77,16 @@ class BackboneConfig(Section):
         if self.gguf_file and self.name == "embedded":
             raise ValueError(
                 f"backbone.gguf_file={self.gguf_file} needs backbone.name: the folder or hub repository that holds it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flex_drops_nothing(self) -> "BackboneConfig":
+        if self.attention == "flex" and self.dropout != 0:
+            rate = "null, the model's own" if self.dropout is None else self.dropout
+            raise ValueError(
+                f"backbone.attention=flex needs backbone.dropout=0, not {rate}: FlexAttention cannot drop attention "
+                "weights. Set backbone.dropout=0, or backbone.attention=sdpa"
             )
         return self
 
@@ -294,6 +305,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"compute.num_workers={self.compute.most_workers} must be at most train.num_shards="
                 f"{self.train.num_shards}: a worker without a shard would idle. Raise train.num_shards"
+            )
+        if self.backbone.attention == "flex" and not self.compute.use_gpu:
+            raise ValueError(
+                "backbone.attention=flex needs compute.use_gpu=true: FlexAttention cannot train on a CPU. "
+                "Set compute.use_gpu=true, or backbone.attention=sdpa"
             )
         if self.compute.strategy == "fsdp":
             self._check_fsdp()

@@ -18,6 +18,8 @@ def check(config: RunConfig) -> None:
         mend = f"{method} trains the backbone here. Set backbone.trainable=false"
     elif config.backbone.gradient_checkpointing:
         mend = "it would compute the others' rows anew too. Set backbone.gradient_checkpointing=false"
+    elif config.backbone.attention == "flex":
+        mend = "its attention is computed part by part, which flex cannot. Set backbone.attention=sdpa"
     elif config.compute.num_workers:
         mend = (
             f"compute.num_workers={config.compute.num_workers} trains in processes of its own. Set "

@@ -19,21 +19,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from polyprompt import flex
 from polyprompt.cpu_training import trained_on_cpu
 from polyprompt.methods.base import KeyValues, Part, Prompts
 
 
 def attention_name(attention: str) -> str:
-    """Return the name that transformers knows the prompted attention under. attention: sdpa or eager."""
+    """Return the name that transformers knows the prompted attention under. attention: sdpa, eager or flex."""
     return f"polyprompt_{attention}"
 
 
 def register() -> None:
     """Make the prompted attention known to transformers, around each implementation with its own kind of mask."""
-    AttentionInterface.register(attention_name("sdpa"), prompted(trained_on_cpu(sdpa_attention_forward)))
+    sdpa = trained_on_cpu(sdpa_attention_forward)
+    AttentionInterface.register(attention_name("sdpa"), prompted(sdpa))
     AttentionMaskInterface.register(attention_name("sdpa"), sdpa_mask)
     AttentionInterface.register(attention_name("eager"), prompted(_eager))
     AttentionMaskInterface.register(attention_name("eager"), eager_mask)
+    AttentionInterface.register(attention_name("flex"), prompted(flex.flexed(sdpa), bias_by_distance=True))
+    AttentionMaskInterface.register(attention_name("flex"), flex.mask)
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -49,11 +53,12 @@ def own_mask(seen_BXX: Tensor, model: Any) -> Tensor:
     return (~mask).to(model.dtype) * torch.finfo(model.dtype).min
 
 
-def prompted(wrapped: Callable) -> Callable:
+def prompted(wrapped: Callable, *, bias_by_distance: bool = False) -> Callable:
     """Return an attention function that prepends a row's prompt keys and values and calls the wrapped one.
 
     Prompt columns have no position, neither bias nor rotation, and are visible from every query. Real tokens keep
-    theirs. Without prompts the call goes through as is.
+    theirs. Without prompts the call goes through as is. bias_by_distance: a position bias is one of distances between
+    real tokens (flex.py), and stays so.
     """
 
     def attend(
@@ -84,7 +89,7 @@ def prompted(wrapped: Callable) -> Callable:
             mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query_BNQD.device)
         if mask is not None:
             mask = _with_prompt_columns(mask, made, len(query_BNQD))
-        if "position_bias" in kwargs:  # T5's kind
+        if "position_bias" in kwargs and not bias_by_distance:  # T5's kind
             kwargs["position_bias"] = pad(kwargs["position_bias"], (num_prompts, 0))
         return wrapped(
             module,
