@@ -346,6 +346,21 @@ def test_rare_kinds_gather_but_do_not_wait_for_ever() -> None:
     assert batches == [[1, 2], [3, 4], [5, 6], [10], [7, 8], [9]]
 
 
+def test_what_is_slow_gathers_and_then_goes_with_others() -> None:
+    batches: list[list[int]] = []
+
+    def work(asks: Any) -> list[int]:
+        batches.append(list(asks))
+        return list(asks)
+
+    async def ask() -> None:
+        batcher = Batcher[int, int](work, lambda ask: ask > 100, slow=lambda ask: ask % 10 == 0, max_rows=4)
+        await batcher.answer([*range(1, 10), 10, *range(11, 20), 20, 110, 111])
+
+    asyncio.run(ask())
+    assert batches == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 11, 12, 13], [10, 20, 14, 15], [110, 111], [16, 17, 18, 19]]
+
+
 def test_of_many_kinds_none_starves() -> None:
     order: list[int] = []
 

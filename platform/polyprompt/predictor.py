@@ -112,6 +112,11 @@ class Predictor:
         """The tasks that it can be asked."""
         return list(self._index)
 
+    @property
+    def free_text_tasks(self) -> frozenset[str]:
+        """Those without choices, unless a row has some."""
+        return frozenset(task.name for task in self.tasks if task is not None and not task.choices)
+
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 64, mode: str | None = None
     ) -> list[Prediction]:

@@ -10,13 +10,15 @@ from typing import Generic, TypeVar
 PATIENCE = 3
 Ask = TypeVar("Ask")
 Reply = TypeVar("Reply")
+Lane = tuple[Hashable, bool]
+"""A kind, and whether it is the slow part of it."""
 
 
 class Batcher(Generic[Ask, Reply]):
     """Answers what is asked from many coroutines of one event loop, in one thread, each kind in batches of its own.
 
     The kind of which most waits goes next, so that rare ones gather too; after it was passed over PATIENCE times, the
-    one that was passed over most often.
+    one that was passed over most often. What is slow waits as a kind of its own, and takes others of its kind along.
     """
 
     def __init__(
@@ -25,13 +27,16 @@ class Batcher(Generic[Ask, Reply]):
         kind: Callable[[Ask], Hashable],
         *,
         max_rows: int,
+        slow: Callable[[Ask], bool] = lambda ask: False,
         gather_seconds: float = 0.002,
     ) -> None:
-        """work: answers a batch of one kind and at most max_rows; it runs in the thread. gather_seconds: an idle model
-        waits so long for company to the first that asks."""
-        self._work, self._kind, self._max_rows, self._gather_seconds = work, kind, max_rows, gather_seconds
-        self._waiting: dict[Hashable, deque[tuple[Ask, asyncio.Future[Reply]]]] = {}
-        self._passed: dict[Hashable, int] = {}
+        """work: answers a batch of one kind and at most max_rows; it runs in the thread. slow: does an ask hold up its
+        batch, about as much as many of its like would? gather_seconds: an idle model waits so long for company to the
+        first that asks."""
+        self._work, self._max_rows, self._gather_seconds = work, max_rows, gather_seconds
+        self._lane = lambda ask: (kind(ask), slow(ask))
+        self._waiting: dict[Lane, deque[tuple[Ask, asyncio.Future[Reply]]]] = {}
+        self._passed: dict[Lane, int] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._task: asyncio.Task[None] | None = None
 
@@ -41,7 +46,7 @@ class Batcher(Generic[Ask, Reply]):
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in asks]
         for ask, future in zip(asks, futures, strict=True):
-            self._waiting.setdefault(self._kind(ask), deque()).append((ask, future))
+            self._waiting.setdefault(self._lane(ask), deque()).append((ask, future))
         if self._task is None:
             self._task = loop.create_task(self._run())
         return list(await asyncio.gather(*futures))
@@ -58,18 +63,21 @@ class Batcher(Generic[Ask, Reply]):
             self._task = None
 
     def _next(self) -> list[tuple[Ask, asyncio.Future[Reply]]]:
-        chosen = max(self._waiting, key=lambda kind: self._passed.get(kind, 0))
+        chosen = max(self._waiting, key=lambda lane: self._passed.get(lane, 0))
         if self._passed.get(chosen, 0) < PATIENCE:
-            chosen = max(self._waiting, key=lambda kind: len(self._waiting[kind]))
-        self._passed = {kind: self._passed.get(kind, 0) + 1 for kind in self._waiting if kind != chosen}
-        queue = self._waiting[chosen]
+            chosen = max(self._waiting, key=lambda lane: len(self._waiting[lane]))
+        kind, slow = chosen
+        lanes = [lane for lane in (chosen, (kind, False)) if lane in self._waiting] if slow else [chosen]
+        self._passed = {lane: self._passed.get(lane, 0) + 1 for lane in self._waiting if lane not in lanes}
         batch: list[tuple[Ask, asyncio.Future[Reply]]] = []
-        while queue and len(batch) < self._max_rows:
-            ask, future = queue.popleft()
-            if not future.done():
-                batch.append((ask, future))
-        if not queue:
-            del self._waiting[chosen]
+        for lane in lanes:
+            queue = self._waiting[lane]
+            while queue and len(batch) < self._max_rows:
+                ask, future = queue.popleft()
+                if not future.done():
+                    batch.append((ask, future))
+            if not queue:
+                del self._waiting[lane]
         return batch
 
     async def _reply(self, batch: Sequence[tuple[Ask, asyncio.Future[Reply]]]) -> None:

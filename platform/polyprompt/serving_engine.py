@@ -57,7 +57,7 @@ class Engine:
     def __init__(self, *, backbone: str | None = None, device: str = "cpu", batch_rows: int = 64) -> None:
         """backbone, device: of `Predictor`. batch_rows: answered together at most."""
         self._shelf, self._batch_rows = Shelf(backbone=backbone, device=device), batch_rows
-        self._batcher = Batcher[tuple[Predictor, Ask], Reply](self._work, _kind, max_rows=batch_rows)
+        self._batcher = Batcher[tuple[Predictor, Ask], Reply](self._work, _kind, slow=_writes, max_rows=batch_rows)
 
     async def load(self, spec: Spec, wanted: frozenset[Spec]) -> Loaded:
         self._shelf.keep(wanted)
@@ -98,6 +98,12 @@ def _kind(asked: tuple[Predictor, Ask]) -> Hashable:
     """Rows that can be answered together: of one model and mode."""
     predictor, ask = asked
     return id(predictor), ask.mode
+
+
+def _writes(asked: tuple[Predictor, Ask]) -> bool:
+    """As far as it can be told beforehand: is this row written, piece by piece, beside others that are ranked?"""
+    predictor, ask = asked
+    return "choices" not in ask.row and ask.row["task"] in predictor.free_text_tasks
 
 
 def _reply(found: Prediction | Exception, ask: Ask, batch_rows: int) -> Reply:
