@@ -788,9 +788,12 @@ def test_a_killed_replica_takes_no_answer_with_it(on_ray: serving.Replicas, eigh
         return await asyncio.gather(*asking)
 
     before = metrics.retries._value.get()
-    for found, wanted in zip(asyncio.run(load()), expected, strict=True):
-        assert {answer.prediction for answer in found} == {wanted.prediction}
-        assert [answer.score for answer in found] == pytest.approx([wanted.score] * 6, abs=1e-4)
+    for _ in range(3):  # on a busy machine the replica may die before it has any request in hand
+        for found, wanted in zip(asyncio.run(load()), expected, strict=True):
+            assert {answer.prediction for answer in found} == {wanted.prediction}
+            assert [answer.score for answer in found] == pytest.approx([wanted.score] * 6, abs=1e-4)
+        if metrics.retries._value.get() > before:
+            break
     assert metrics.retries._value.get() > before
 
 
