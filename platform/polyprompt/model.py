@@ -143,7 +143,7 @@ class PromptedModel(nn.Module):
         answers: dict[int, list[float] | Written] = {}
         ranked, written = ([row for row, own in enumerate(choices) if bool(own) == has] for has in (True, False))
         if ranked:
-            scores = self._rank(*_rows(encoded, prompts, ranked), [choices[row] for row in ranked])
+            scores = self._rank(encoded, prompts, ranked, [choices[row] for row in ranked])
             answers |= zip(ranked, scores, strict=True)
         if written:
             answers |= zip(written, self._write(*_rows(encoded, prompts, written), max_new_tokens), strict=True)
@@ -168,18 +168,18 @@ class PromptedModel(nn.Module):
         choices: the target ids of each choice of each row, end token included. The input is read once for each row, and
         its choices stand side by side behind it.
         """
-        return self._rank(*self._encode(input_ids_BT, mask_BT, task_B), choices)
+        return self._rank(*self._encode(input_ids_BT, mask_BT, task_B), range(len(choices)), choices)
 
     def _rank(
-        self, encoded: Encoded, prompts: Prompts, choices: Sequence[Sequence[Sequence[int]]]
+        self, encoded: Encoded, prompts: Prompts, rows: Sequence[int], choices: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[float]]:
-        """Score slices of rows, such that their logits fit."""
+        """Score the choices of these rows, in slices such that their logits fit."""
         longest = max(sum(map(len, own)) for own in choices)
         slice_rows = max(1, MAX_SCORED_LOGITS // max(1, longest * self.backbone.model.config.vocab_size))
         scores: list[list[float]] = []
-        for rows in torch.arange(len(choices)).split(slice_rows):
-            slice_choices = choices[len(scores) : len(scores) + len(rows)]
-            scores += self._score(*_rows(encoded, prompts, rows.tolist()), slice_choices)
+        for first in range(0, len(rows), slice_rows):
+            cut = slice(first, first + slice_rows)
+            scores += self._score(*_rows(encoded, prompts, rows[cut]), choices[cut])
         return scores
 
     def _score(
