@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from polyprompt import backbone, prompted_attention
-from polyprompt.config import BackboneConfig
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import KeyValues, Prompts
 

@@ -17,7 +17,8 @@ from conformance.test_conformance import FIRST
 from tokenizers.processors import TemplateProcessing
 
 from polyprompt import backbone
-from polyprompt.config import BackboneConfig, FullConfig, MethodConfig, PromptTuningConfig, RunConfig
+from polyprompt.backbone_config import BackboneConfig
+from polyprompt.config import FullConfig, MethodConfig, PromptTuningConfig, RunConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Prompts
 from polyprompt.model import PromptedModel, input_limit

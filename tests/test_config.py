@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from polyprompt import training_defaults
-from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig, TrainConfig
+from polyprompt.config import METHOD_NAMES, MethodConfig, RunConfig
 from polyprompt.errors import ConfigError
 from polyprompt.recipe import check, load
+from polyprompt.train_config import TrainConfig
 
 TASKS = ["embedded/nli"]
 

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from polyprompt import backbone, checkpoint, methods, pretrained
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.collation import collate
 from polyprompt.config import (
-    BackboneConfig,
     FullConfig,
     HyperPromptConfig,
     MethodConfig,

@@ -13,7 +13,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from polyprompt import backbone, flex, methods, packable
-from polyprompt.config import BackboneConfig, HyperPromptConfig, RunConfig
+from polyprompt.backbone_config import BackboneConfig
+from polyprompt.config import HyperPromptConfig, RunConfig
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import KeyValues, Prompts
 from polyprompt.model import PromptedModel

@@ -28,7 +28,6 @@ from polyprompt.config import (
     PTuningConfig,
     RoutedHyperPromptConfig,
     SMoPConfig,
-    TrainConfig,
 )
 from polyprompt.errors import ConfigError
 from polyprompt.methods.attempt import Attempt
@@ -39,6 +38,7 @@ from polyprompt.methods.routing import route, router_logits
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.recipe import check
+from polyprompt.train_config import TrainConfig
 
 HYPER: dict[str, Any] = {
     "encoder_length": 3,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from polyprompt import model as model_module
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.config import (
-    BackboneConfig,
     FullConfig,
     HyperPromptConfig,
     MethodConfig,

@@ -16,7 +16,8 @@ import torch
 from mlflow import MlflowClient
 
 from polyprompt import checkpoint, packable
-from polyprompt.config import METHOD_NAMES, BackboneConfig
+from polyprompt.backbone_config import BackboneConfig
+from polyprompt.config import METHOD_NAMES
 from polyprompt.errors import ConfigError, NotFiniteError
 from polyprompt.methods.base import Method
 from polyprompt.pack import Pack, groups

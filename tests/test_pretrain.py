@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from polyprompt import backbone, checkpoint
-from polyprompt.config import BackboneConfig
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
 from polyprompt.result import RunResult

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from polyprompt import backbone, batch_prediction, checkpoint, export
-from polyprompt.config import BackboneConfig, RunConfig
+from polyprompt.backbone_config import BackboneConfig
+from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError
 from polyprompt.folding import Folded
 from polyprompt.loop import TrainState

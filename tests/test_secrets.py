@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from polyprompt import backbone
-from polyprompt.config import BackboneConfig, TrackingConfig
+from polyprompt.backbone_config import BackboneConfig
+from polyprompt.config import TrackingConfig
 from polyprompt.errors import ConfigError, TrackingError
 from polyprompt.ray_train import run
 from polyprompt.recipe import check, load

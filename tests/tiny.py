@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from polyprompt import backbone, methods
-from polyprompt.config import AttemptConfig, BackboneConfig, MethodConfig, MPTConfig
+from polyprompt.backbone_config import BackboneConfig
+from polyprompt.config import AttemptConfig, MethodConfig, MPTConfig
 from polyprompt.methods.base import Dims, Method
 from polyprompt.model import PromptedModel
 

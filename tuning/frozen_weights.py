@@ -19,7 +19,8 @@ from torch import Tensor
 
 from polyprompt import backbone as backbones
 from polyprompt.backbone_base import Backbone
-from polyprompt.config import BackboneConfig, RunConfig
+from polyprompt.backbone_config import BackboneConfig
+from polyprompt.config import RunConfig
 
 #: Of the object store; the rest is for what Ray itself sends.
 MAX_SHARE = 0.8

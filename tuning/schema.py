@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from polyprompt.config import Fraction, Section
 from polyprompt.errors import ConfigError, hint
+from polyprompt.section import Fraction, Section
 from tuning.study import Mode, Objective, Scalar
 
 #: Keys that may change while a trial trains: they shape neither its weights nor its data.

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from polyprompt import adapted, decoder_only, flex, prompted_attention
 from polyprompt.backbone_base import Backbone, Encoded, begins, seen, with_input_prompts
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.bart import Bart
-from polyprompt.config import BackboneConfig
 from polyprompt.cpu_training import replace_dropout
 from polyprompt.decoder_only import DecoderOnly
 from polyprompt.errors import ConfigError

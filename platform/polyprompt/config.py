@@ -1,5 +1,6 @@
-"""The run config: every key, its type, its range and its default are stated here, or beside it: those of `method` in
-method_configs, those of `tasks` in task_configs, those of `compute` in compute_config.
+"""The run config: every key, its type, its range and its default are stated here, or beside it: those of `backbone` in
+backbone_config, of `method` in method_configs, of `tasks` in task_configs, of `train` in train_config, of `compute` in
+compute_config.
 
 recipe.py reads one from YAML files and overrides. It is frozen, pickles, and round-trips through YAML.
 """
@@ -7,15 +8,12 @@ recipe.py reads one from YAML files and overrides. It is frozen, pickles, and ro
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_serializer,
@@ -23,6 +21,7 @@ from pydantic import (
 )
 
 from polyprompt import precision, training_defaults
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.compute_config import ComputeConfig
 from polyprompt.method_configs import (
     AdapterConfig,
@@ -33,7 +32,6 @@ from polyprompt.method_configs import (
     HyperPromptConfig,
     LoRAConfig,
     MPTConfig,
-    ParameterGroup,
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
@@ -42,54 +40,7 @@ from polyprompt.method_configs import (
 )
 from polyprompt.section import AbsolutePath, Section, mask
 from polyprompt.task_configs import TaskEntry
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def _address(name: str) -> str:
-    """A local folder becomes absolute; a hub name stays."""
-    is_path = name.startswith((".", "~", "/")) or Path(name).is_dir()
-    return str(Path(name).expanduser().absolute()) if is_path else name
-
-
-class BackboneConfig(Section):
-    """The pre-trained model: `embedded`, a hub name or a local folder."""
-
-    name: Annotated[str, AfterValidator(_address)] = "embedded"
-    revision: str | None = None
-    #: A GGUF file in the folder or repository: weights, config and tokenizer in one. Needs the package gguf.
-    gguf_file: str | None = None
-    #: random: untrained weights from train.seed in the shape of the backbone's config.json, with its tokenizer.
-    init: Literal["pretrained", "random"] = "pretrained"
-    #: Train the backbone too, or its layer normalisations alone. None: full and the hyperprompts: yes; the rest: no.
-    trainable: bool | Literal["layer_norms"] | None = None
-    #: None: the model's own rate.
-    dropout: Fraction | None = None
-    #: flex: of T5's kind, on GPUs, in memory that grows with the length and not with its square (flex.py).
-    attention: Literal["sdpa", "eager", "flex"] = "sdpa"
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
-    #: Decoder-only models: the one token between input and target, as text. None: a newline.
-    input_end: str | None = None
-
-    @model_validator(mode="after")
-    def _file_has_a_folder(self) -> "BackboneConfig":
-        if self.gguf_file and self.name == "embedded":
-            raise ValueError(
-                f"backbone.gguf_file={self.gguf_file} needs backbone.name: the folder or hub repository that holds it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _flex_drops_nothing(self) -> "BackboneConfig":
-        if self.attention == "flex" and self.dropout != 0:
-            rate = "null, the model's own" if self.dropout is None else self.dropout
-            raise ValueError(
-                f"backbone.attention=flex needs backbone.dropout=0, not {rate}: FlexAttention cannot drop attention "
-                "weights. Set backbone.dropout=0, or backbone.attention=sdpa"
-            )
-        return self
-
+from polyprompt.train_config import TrainConfig
 
 MethodConfig = Annotated[
     FullConfig
@@ -138,67 +89,6 @@ class MixtureConfig(Section):
     cap: PositiveInt | None = None
     #: task name → weight, in place of the one that the task states itself, which is 1 where nothing is said.
     weights: dict[str, PositiveFloat] = {}
-
-
-class TrainConfig(Section):
-    """The optimisation."""
-
-    max_steps: PositiveInt = 1000
-    #: Rows of the global batch, over all workers.
-    batch_size: PositiveInt = 32
-    #: The global batch is cut into this many shards, each with its own random stream; workers take shards.
-    num_shards: PositiveInt = 4
-    #: Micro-batches a shard is split into, to save memory.
-    gradient_accumulation_steps: PositiveInt = 1
-    #: What the loss is a mean over. token: all target tokens of the global batch, as T5's; a row with a long target,
-    #: such as a corrupted text, then weighs as much as dozens with a label. example: each row weighs the same.
-    loss_reduction: Literal["token", "example"] = "token"
-    #: Left out, or null: the method's own, with its own rates of groups and scale_parameter where none are stated
-    #: (training_defaults.py).
-    learning_rate: PositiveFloat = 1e-3
-    #: Learning rates of parameter groups that differ from `learning_rate`.
-    group_learning_rates: dict[ParameterGroup, PositiveFloat] = {}
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    #: Steps grow with the size of each parameter (its root mean square): T5's weights differ in size a hundredfold, and
-    #: one step size for all of them saturates attention. Adafactor: the rate times the size, at least 1e-3, as in T5's
-    #: own training. AdamW: the rate times size / 0.1, at most the whole rate; see optim.py.
-    scale_parameter: bool = False
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    #: Of AdamW; Adafactor has none.
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    lr_scheduler_type: Literal["constant", "linear", "inverse_sqrt"] = "constant"
-    warmup_ratio: Fraction = 0.0
-    #: Clip the norm of the whole gradient (None: no clipping).
-    max_grad_norm: PositiveFloat | None = 1.0
-    #: bf16: frozen weights are stored in bf16, trained ones stay fp32 and compute in bf16. fp16 overflows on T5.
-    #: A recipe may say auto: bf16 on GPUs and on CPUs that have it, else fp32 (precision.py).
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: NonNegativeInt = 42
-    logging_steps: PositiveInt = 10
-    #: Write a bundle every so many steps, and whenever the model is evaluated. None: at least ten times a run.
-    save_steps: PositiveInt | None = None
-    #: Newest bundles to keep; the best by mean and the best of each task are kept beside them.
-    save_total_limit: PositiveInt = 2
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_fp16(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and str(data.get("precision")).lower() in ("fp16", "float16", "half"):
-            raise ValueError(
-                "train.precision=fp16 is refused: T5's activations overflow fp16 (they were trained in bf16). "
-                "Use train.precision=bf16, or fp32"
-            )
-        return data
-
-    @model_validator(mode="after")
-    def _fits(self) -> "TrainConfig":
-        if self.num_shards > self.batch_size:
-            raise ValueError(
-                f"train.num_shards={self.num_shards} must be at most train.batch_size={self.batch_size}: "
-                "a shard needs at least one row"
-            )
-        return self
 
 
 class EvaluateConfig(Section):

@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor, get_scheduler
 
 from polyprompt import sharding
-from polyprompt.config import TrainConfig
 from polyprompt.method_configs import ParameterGroup
+from polyprompt.train_config import TrainConfig
 
 #: AdamW's scale_parameter: weights of this size (root mean square) and above take the whole learning rate.
 WHOLE_RATE = 0.1

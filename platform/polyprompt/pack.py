@@ -28,8 +28,9 @@ from polyprompt import backbone as backbones
 from polyprompt import packable
 from polyprompt.backbone import EncoderDecoder
 from polyprompt.backbone_base import Backbone, with_input_prompts
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.collation import Batch
-from polyprompt.config import BackboneConfig, RunConfig
+from polyprompt.config import RunConfig
 from polyprompt.cpu_training import drop
 from polyprompt.errors import ConfigError
 from polyprompt.methods.base import Part, Prompts, Stack

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _absolute(path: Path) -> Path:
@@ -42,6 +42,7 @@ def mask(text: str) -> str:
 
 MASKED = "***"
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):

@@ -14,8 +14,9 @@ from weakref import WeakValueDictionary
 from polyprompt import backbone as backbones
 from polyprompt import checkpoint, registry
 from polyprompt.backbone_base import Backbone
+from polyprompt.backbone_config import BackboneConfig
 from polyprompt.checkpoint import Bundle
-from polyprompt.config import BackboneConfig, LoRAConfig
+from polyprompt.config import LoRAConfig
 from polyprompt.errors import BundleError, ConfigError
 from polyprompt.predictor import Predictor, find_bundle
 from polyprompt.serving_schema import NAME, TaskInfo
