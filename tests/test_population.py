@@ -384,11 +384,11 @@ class TestOnRay:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_population_is_finished_by_resume(small_run: Table, tmp_path: Path) -> None:
-    small_run["train"] |= {"max_steps": 16}
+    small_run["train"] |= {"max_steps": 12}
     search = {
         "space": {RATE: {"choice": [1e-7, 1e-3, 1e-2]}},
         "searcher": "random",
-        "num_trials": 3,
+        "num_trials": 2,
         "max_concurrent_trials": 1,
         "scheduler": "pbt",
     }
@@ -406,7 +406,7 @@ def test_a_killed_population_is_finished_by_resume(small_run: Table, tmp_path: P
     before = {path.parent.name: json.loads(path.read_text()) for path in out.glob("trials/*/trial.json")}
     assert subprocess.run([*command, "--resume"], env=environment, cwd=tmp_path, check=False).returncode == 0
     study = Study.read(out / "study.json")
-    assert [(t.number, t.state, t.num_steps) for t in study.trials] == [(n, "finished", 16) for n in range(3)]
+    assert [(t.number, t.state, t.num_steps) for t in study.trials] == [(n, "finished", 12) for n in range(2)]
     for trial in study.trials:
         changes = [vars(change) for change in trial.changes]
         known = before[f"{trial.number:04d}"]["changes"]

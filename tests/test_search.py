@@ -348,10 +348,7 @@ def nothing_left() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_search_ended_in_the_middle_is_finished_by_resume(
-    small_run: Table, tmp_path: Path, how: signal.Signals, code: int
-) -> None:
+def test_a_search_ended_in_the_middle_is_finished_by_resume(small_run: Table, tmp_path: Path) -> None:
     small_run["train"] |= {"max_steps": 40}
     table = {
         **small_run,
@@ -371,29 +368,30 @@ def test_a_search_ended_in_the_middle_is_finished_by_resume(
         return subprocess.Popen([*command, *arguments], env=environment, cwd=tmp_path, start_new_session=True)
 
     assert start(str(tmp_path / "a")).wait() == 0
-    unbroken = Study.read(tmp_path / "a" / "study.json")
-    out = tmp_path / "b"
-    first = start(str(out))
-    while not list(out.glob("trials/0001/seed_42/bundles/step_*")):
-        assert first.poll() is None, "the search ended before it could be ended"
-        time.sleep(0.02)
-    os.kill(first.pid, how)
-    assert first.wait() == code
-    finished = out / "trials" / "0000" / "seed_42" / "result.json"
-    before = finished.stat().st_mtime_ns
-    assert start(str(out)).wait() == 1  # not without --resume
-    if how == signal.SIGINT:
-        assert [t.state for t in Study.read(out / "study.json").trials] == ["finished", "waiting"]
-        assert (out / "leaderboard.csv").is_file()
-    # The second trial goes on: its first point is older than the resume.
-    points = out / "trials" / "0001" / "seed_42" / "metrics.jsonl"
-    point = points.read_text().splitlines()[0]
-    assert start(str(out), "--resume").wait() == 0
-    assert finished.stat().st_mtime_ns == before
-    assert points.read_text().splitlines()[0] == point
-    resumed = Study.read(out / "study.json")
-    assert [trial.number for trial in resumed.trials] == [0, 1, 2]
-    assert leaderboard(resumed) == leaderboard(unbroken)
+    unbroken = leaderboard(Study.read(tmp_path / "a" / "study.json"))
+    for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        out = tmp_path / how.name
+        first = start(str(out))
+        while not list(out.glob("trials/0001/seed_42/bundles/step_*")):
+            assert first.poll() is None, "the search ended before it could be ended"
+            time.sleep(0.02)
+        os.kill(first.pid, how)
+        assert first.wait() == code
+        finished = out / "trials" / "0000" / "seed_42" / "result.json"
+        before = finished.stat().st_mtime_ns
+        assert start(str(out)).wait() == 1  # not without --resume
+        if how == signal.SIGINT:
+            assert [t.state for t in Study.read(out / "study.json").trials] == ["finished", "waiting"]
+            assert (out / "leaderboard.csv").is_file()
+        # The second trial goes on: its first point is older than the resume.
+        points = out / "trials" / "0001" / "seed_42" / "metrics.jsonl"
+        point = points.read_text().splitlines()[0]
+        assert start(str(out), "--resume").wait() == 0
+        assert finished.stat().st_mtime_ns == before
+        assert points.read_text().splitlines()[0] == point
+        resumed = Study.read(out / "study.json")
+        assert [trial.number for trial in resumed.trials] == [0, 1, 2]
+        assert leaderboard(resumed) == unbroken
     with pytest.raises(ConfigError, match=r"another search \(.*train\.max_steps: 40 there, 41 here\)"):
         go(
             search_of({**small_run, "train": {**small_run["train"], "max_steps": 41}}, **table["search"]),

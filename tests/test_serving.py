@@ -672,7 +672,10 @@ def on_ray(ray_cluster: None) -> Iterator[serving.Replicas]:
         yield engines
 
 
-@pytest.fixture(params=["in this process", pytest.param("on Ray", marks=pytest.mark.ray)])
+ON_RAY = pytest.param("on Ray", marks=[pytest.mark.ray, pytest.mark.xdist_group("ray_cluster")])
+
+
+@pytest.fixture(params=["in this process", ON_RAY])
 def engines(request: pytest.FixtureRequest) -> Engines:
     return Engine() if request.param == "in this process" else request.getfixturevalue("on_ray")
 
