@@ -175,7 +175,7 @@ def test_identity_is_of_what_shapes_the_result() -> None:
 def test_flat_names_every_key_once() -> None:
     flat = check({"tasks": TASKS, "method": "smop"}).flat()
     assert flat["method.num_prompts"] == "4"
-    assert flat["train.learning_rate"] == "0.1"
+    assert flat["train.learning_rate"] == "0.4"
     assert not any("hyper" in key for key in flat)
     assert all(isinstance(value, str) for value in flat.values())
 
@@ -197,7 +197,7 @@ def test_a_method_is_trained_at_its_own_rates_unless_the_recipe_states_one() -> 
         return check({"tasks": TASKS, "method": method, "train": stated, "backbone": backbone}).train
 
     own = train("smop", {})
-    assert (own.learning_rate, own.group_learning_rates, own.scale_parameter) == (0.1, {"router": 0.01}, False)
+    assert (own.learning_rate, own.group_learning_rates, own.scale_parameter) == (0.4, {"router": 0.01}, False)
     assert train("smop", {"learning_rate": None, "group_learning_rates": {"router": 0.5}}).group_learning_rates == {
         "router": 0.5
     }

@@ -17,7 +17,7 @@ TRAINING: Mapping[str, Mapping[str, Any]] = {
     "hyperprompt": WHOLE,
     "routed_hyperprompt": WHOLE,
     "prompt_tuning": {"learning_rate": 5e-2},
-    "smop": {"learning_rate": 0.1, "group_learning_rates": {"router": 1e-2}},
+    "smop": {"learning_rate": 0.4, "group_learning_rates": {"router": 1e-2}},
     "p_tuning": {"learning_rate": 5e-2, "group_learning_rates": {"hypernetwork": 1e-3}},
     "prefix_tuning": {"learning_rate": 1e-2, "group_learning_rates": {"hypernetwork": 1e-3}},
     "dept": {"learning_rate": 5e-2, "group_learning_rates": {"embedding": 1e-3}},
