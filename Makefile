@@ -7,9 +7,12 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python jobs/multitask.py jobs/recipes/embedded.yaml
 
-# Two processes, as many as the cores of a small machine (tests/conftest.py says what goes to which).
+# Two processes of about the same length: tests on the session's Ray, and all the others.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup --no-loadscope-reorder --durations 25 $(ARGS)
+	$(BIN)/python -m pytest -m "(own_cluster or not ray) and not gpu" --durations 15 $(ARGS) > .venv/other_tests.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -m "ray and not own_cluster and not gpu" --durations 15 $(ARGS); ray=$$?; \
+	wait $$others; others=$$?; cat .venv/other_tests.log; \
+	test $$others -eq 0 -a $$ray -eq 0
 
 check: .venv/installed
 	$(BIN)/ruff check .

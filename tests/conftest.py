@@ -260,22 +260,6 @@ def drill(record_property: Callable[[str, object], None]) -> Callable[..., None]
     return tell
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`, which runs two processes: what uses the session's cluster goes first and stays in one of them,
-    as does what is in one file, for the file's fixtures. What starts clusters of its own is next."""
-    for item in items:
-        shared = "ray_cluster" in getattr(item, "fixturenames", ())
-        if shared or not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray_cluster" if shared else item.path.name))
-
-    def rank(item: pytest.Item) -> tuple[bool, bool]:
-        group = item.get_closest_marker("xdist_group")
-        return group is None or group.args != ("ray_cluster",), not item.get_closest_marker("ray")
-
-    items.sort(key=rank)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("faults"):
         item.user_properties.append(("fault", item.nodeid))

@@ -282,6 +282,7 @@ class TestOnRay:
 @pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.own_cluster
 def test_a_killed_driver_costs_nothing(small_run: Table, tmp_path: Path, drill: Drill) -> None:
     """SIGKILL to the job's own process, with its own Ray; the same command again."""
     small_run["train"] |= {"max_steps": 60, "save_steps": 5, "save_total_limit": 100}

@@ -348,6 +348,7 @@ def nothing_left() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.own_cluster
 def test_a_search_ended_in_the_middle_is_finished_by_resume(small_run: Table, tmp_path: Path) -> None:
     small_run["train"] |= {"max_steps": 40}
     table = {

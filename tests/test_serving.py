@@ -672,10 +672,7 @@ def on_ray(ray_cluster: None) -> Iterator[serving.Replicas]:
         yield engines
 
 
-ON_RAY = pytest.param("on Ray", marks=[pytest.mark.ray, pytest.mark.xdist_group("ray_cluster")])
-
-
-@pytest.fixture(params=["in this process", ON_RAY])
+@pytest.fixture(params=["in this process", pytest.param("on Ray", marks=pytest.mark.ray)])
 def engines(request: pytest.FixtureRequest) -> Engines:
     return Engine() if request.param == "in this process" else request.getfixturevalue("on_ray")
 
@@ -814,6 +811,7 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.own_cluster
 def test_from_the_command_line_to_sigterm(eight: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", f"mine={eight}", "--port", "0"]
     environment = {**os.environ, TOKEN_VARIABLE: TOKEN}
