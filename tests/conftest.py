@@ -18,6 +18,7 @@ from prose import document
 # Before anything imports Ray or MLflow. Tests never write into the user's home.
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # it is 15: beside tests without Ray its workers got hardly any time
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
