@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "jobs" / "recipes" / "embedded_smop.yaml"
 #: Steps, and examples to evaluate on, of a whole run.
 COMMON = {
-    "train.max_steps": 40, "train.num_shards": 2, "train.save_steps": 40, "data.max_validation_examples": 20,
+    "train.max_steps": 40, "train.batch_size": 64, "train.num_shards": 2, "train.save_steps": 40,
+    "data.max_validation_examples": 20,
     "evaluate.steps": "null", "tracking.enabled": "false", "compute.num_workers": 0, "compute.cpus_per_worker": 1,
 }  # fmt: skip
 #: What each whole run has beside the first.
