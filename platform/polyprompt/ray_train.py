@@ -13,11 +13,14 @@ The only file that imports ray.train. How Ray is used and why (each was seen to 
   and fails, which ends the others, who may be waiting for it; the note ends the run.
 - Ray's own chatter stays in Ray's log files; what our workers have to say is in run.log and shown from there.
 - Every path is absolute, because Ray changes the workers' working folder.
+- What passes through Ray's controller (the job, the outcome) passes as bytes or by reference: unpickled there, it
+  would import all of transformers, while the workers wait (9 of 17 CPU seconds of a start, and again at the end).
 """
 
 import logging
 import math
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -26,6 +29,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,8 +226,7 @@ def _start_workers(job: Job) -> object:
         for left in (FATAL, HANG):
             (job.folder / left).unlink(missing_ok=True)
         trainer = TorchTrainer(
-            _on_worker,  # type: ignore[arg-type]
-            train_loop_config={"job": job},
+            partial(_on_worker, job),  # type: ignore[arg-type]
             # A hang is named before torch's own time-out ends it without a name.
             torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(2 * compute.hang_timeout_seconds) + 60),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]
@@ -239,7 +242,7 @@ def _start_workers(job: Job) -> object:
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        return trainer.fit().return_value  # type: ignore[attr-defined]
+        return pickle.loads(trainer.fit().return_value)  # type: ignore[attr-defined]
     except SystemExit:  # what Ray Train makes of Ctrl-C
         raise KeyboardInterrupt from None
     except (TrainingFailedError, RayError, OSError) as error:
@@ -256,13 +259,13 @@ def _start_workers(job: Job) -> object:
             (job.folder / left).unlink(missing_ok=True)
 
 
-def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
-    """One Ray Train worker."""
+def _on_worker(job: Job) -> bytes:
+    """One Ray Train worker. Returns an Outcome or a PolypromptError, pickled."""
     import ray.train
     from ray.train.torch import get_device
 
     first = ray.train.get_context().get_world_rank() == 0
-    job, group = settings["job"], ray.util.get_current_placement_group()
+    group = ray.util.get_current_placement_group()
     if first and group is not None and job.folder.is_dir():
         write_whole(job.folder / PLACEMENT, group.id.hex().encode())
 
@@ -271,9 +274,9 @@ def _on_worker(settings: Mapping[str, Any]) -> Outcome | PolypromptError:
 
     try:
         check_folder(job)
-        return train(job, get_device(), announce)
+        return pickle.dumps(train(job, get_device(), announce))
     except PolypromptError as error:
-        return error
+        return pickle.dumps(error)
     except LASTING as error:
         if not torch.distributed.is_initialized():
             raise  # Ray ends this worker, for the sake of one that died, and torch.distributed complains
