@@ -7,12 +7,16 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python jobs/multitask.py jobs/recipes/embedded.yaml
 
-# Two processes of about the same length: tests on the session's Ray, and all the others.
+# Three processes of about the same length: tests on the session's Ray, those that start long jobs, and all the others.
+# They wait a lot; three keep two cores busy.
+TESTS := $(BIN)/python -m pytest --durations 15 $(ARGS)
 test: .venv/installed
-	$(BIN)/python -m pytest -m "(own_cluster or not ray) and not gpu" --durations 15 $(ARGS) > .venv/other_tests.log 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest -m "ray and not own_cluster and not gpu" --durations 15 $(ARGS); ray=$$?; \
-	wait $$others; others=$$?; cat .venv/other_tests.log; \
-	test $$others -eq 0 -a $$ray -eq 0
+	$(TESTS) -m "own_processes and not gpu" > .venv/own_processes.log 2>&1 & own=$$!; \
+	$(TESTS) -m "not own_processes and not ray and not gpu" > .venv/without_ray.log 2>&1 & without=$$!; \
+	$(TESTS) -m "ray and not own_processes and not gpu"; ray=$$?; \
+	wait $$own; own=$$?; wait $$without; without=$$?; \
+	cat .venv/own_processes.log .venv/without_ray.log; \
+	test $$ray -eq 0 -a $$own -eq 0 -a $$without -eq 0
 
 check: .venv/installed
 	$(BIN)/ruff check .

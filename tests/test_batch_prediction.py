@@ -218,7 +218,7 @@ def test_two_do_not_answer_into_one_output(work: Work, trained_run: Path, job_he
 
 
 @pytest.mark.ray
-@pytest.mark.own_cluster
+@pytest.mark.own_processes
 def test_workers_give_the_same(work: Work, trained_run: Path, predictor: Predictor) -> None:
     answer_all(work, predictor)
     there = work.output.with_name("there.jsonl")

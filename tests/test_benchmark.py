@@ -259,6 +259,7 @@ def test_figures_of_other_code_are_not_mixed_in(job_here: Job, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.own_processes
 def test_quick(tmp_path: Path, shared_data: Path) -> None:
     """Every loop; a second call measures nothing again."""
     names = ["platform cost, small steps", "SMoP and*", "trials*"]

@@ -21,7 +21,7 @@ from ray.util import get_node_ip_address
 
 from polyprompt import checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.own_cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.own_processes, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SHIPPED = "0.0.0+shipped"

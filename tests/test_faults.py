@@ -245,7 +245,7 @@ def rot(bundle: Path, name: str, row: int) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.own_cluster
+@pytest.mark.own_processes
 def test_a_killed_node_costs_nothing(long_run: Table, tmp_path: Path, drill: Drill) -> None:
     """Of two nodes with a worker each, the one that does not run the job dies; another joins."""
     long_run["train"]["max_steps"] = 150
@@ -266,7 +266,7 @@ def test_a_killed_node_costs_nothing(long_run: Table, tmp_path: Path, drill: Dri
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.own_cluster
+@pytest.mark.own_processes
 def test_a_node_that_joins_is_used(long_run: Table, tmp_path: Path, drill: Drill) -> None:
     """A run of one worker on the only node; it goes on with two. Held back, it is not over before the node is there."""
     long_run["train"] |= {"max_steps": 200, "batch_size": 4, "num_shards": 2}

@@ -64,6 +64,7 @@ def same(found: list[dict[str, Any]], run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.own_processes
 def test_it_answers_where_only_the_package_is_installed(registered: tuple[str, Path], tmp_path: Path) -> None:
     uri, run = registered
     python = tmp_path / "fresh" / "bin" / "python"
@@ -90,6 +91,7 @@ def test_it_answers_where_only_the_package_is_installed(registered: tuple[str, P
 
 
 @pytest.mark.slow
+@pytest.mark.own_processes
 def test_mlflow_serves_rows_of_mixed_tasks(registered: tuple[str, Path], tmp_path: Path) -> None:
     uri, run = registered
     with socket.socket() as free:

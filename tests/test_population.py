@@ -383,7 +383,7 @@ class TestOnRay:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.own_cluster
+@pytest.mark.own_processes
 def test_a_killed_population_is_finished_by_resume(small_run: Table, tmp_path: Path) -> None:
     small_run["train"] |= {"max_steps": 12}
     search = {

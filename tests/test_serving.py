@@ -811,7 +811,7 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.own_cluster
+@pytest.mark.own_processes
 def test_from_the_command_line_to_sigterm(eight: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", f"mine={eight}", "--port", "0"]
     environment = {**os.environ, TOKEN_VARIABLE: TOKEN}

@@ -138,7 +138,7 @@ def test_a_terminated_job_is_told_from_a_failed_one(capsys: pytest.CaptureFixtur
 @pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.own_cluster
+@pytest.mark.own_processes
 def test_a_terminated_job_of_two_workers_leaves_a_bundle(
     long_run: Table, store: Path, tmp_path: Path, drill: Callable[..., None]
 ) -> None:
