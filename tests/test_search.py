@@ -53,14 +53,6 @@ def go(search: Search, folder: Path, **more: Any) -> Study:
     return run(search, folder, console=Console(file=(folder.parent / "console.txt").open("a")), **more)[0]
 
 
-def leaderboard(study: Study) -> list[Any]:
-    """What a search found, without what takes time: a trial's loss curves too, which tell more runs apart."""
-    return [
-        (trial.number, trial.params, trial.state, trial.mean("eval/mean"), [loss_curve(run) for run in trial.runs])
-        for trial in study.ranked()
-    ]
-
-
 def loss_curve(run: SeedRun) -> list[list[float]]:
     return RunResult.read(Path(run.folder) / "result.json").loss_curve if run.state == "finished" else []
 
@@ -295,7 +287,7 @@ class TestOnRay:
         states = [(trial.state, trial.cause.partition(":")[0]) for trial in study.trials]
         bad = ("failed", "bad combination")
         assert states == [bad, bad, ("failed", "NaN"), ("finished", "")]
-        assert leaderboard(study)[0][0] == 3
+        assert study.ranked()[0].number == 3
 
     def test_several_seeds_and_workers(self, small_run: Table, tmp_path: Path) -> None:
         base = {**small_run, "compute": {"num_workers": 2}}
@@ -376,8 +368,13 @@ def test_a_search_ended_in_the_middle_is_finished_by_resume(small_run: Table, tm
     def start(*arguments: str) -> "subprocess.Popen[bytes]":
         return subprocess.Popen([*command, *arguments], env=environment, cwd=tmp_path, start_new_session=True)
 
-    assert start(str(tmp_path / "a")).wait() == 0
-    unbroken = leaderboard(Study.read(tmp_path / "a" / "study.json"))
+    search = search_of(small_run, **table["search"])
+    trials, unbroken = Trials(tmp_path / "alone" / "trials", "test", search.base, [42], "eval/mean"), []
+    for number, params in enumerate(search.enumerated or ()):
+        alone = tmp_path / "alone" / str(number)
+        run = ray_train.run(trials.config(number, params, 42), out=alone, say=lambda line: None)
+        unbroken.append((number, params, "finished", run.mean, run.loss_curve))
+    assert len(unbroken) == 3
     for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         out = tmp_path / how.name
         first = start(str(out))
@@ -399,8 +396,9 @@ def test_a_search_ended_in_the_middle_is_finished_by_resume(small_run: Table, tm
         assert finished.stat().st_mtime_ns == before
         assert points.read_text().splitlines()[0] == point
         resumed = Study.read(out / "study.json")
-        assert [trial.number for trial in resumed.trials] == [0, 1, 2]
-        assert leaderboard(resumed) == unbroken
+        assert [
+            (t.number, t.params, t.state, t.mean("eval/mean"), loss_curve(t.runs[0])) for t in resumed.trials
+        ] == unbroken
     with pytest.raises(ConfigError, match=r"another search \(.*train\.max_steps: 40 there, 41 here\)"):
         go(
             search_of({**small_run, "train": {**small_run["train"], "max_steps": 41}}, **table["search"]),
