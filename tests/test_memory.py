@@ -1,5 +1,6 @@
 """What a worker needs in memory, against what torch's allocator counts in a real step on real tensors."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,25 +20,34 @@ from polyprompt.batches import GlobalBatch, Shard
 from polyprompt.collation import Batch
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError
+from polyprompt.evaluate import evaluate
 from polyprompt.loop import _gradients
 from polyprompt.model import PromptedModel
 from polyprompt.optim import Optim
-from polyprompt.plan import plan, rehearse
+from polyprompt.plan import build, plan, rehearse
 from polyprompt.recipe import check
 from polyprompt.router_health import num_columns
 from polyprompt.workers import Workers
 
 LENGTH, TARGETS, ROWS, TASKS = 96, 24, 8, 3
+ALONE = Workers(4, "exact")
 #: All of the data that is asked for.
 DATA: Any = [SimpleNamespace(train=SimpleNamespace(longest=(LENGTH, TARGETS)))] * TASKS
 
 
-def made(root: Path) -> dict[str, Path]:
+def made(root: Path, vocab_size: int = 512, tokenizer: Path | None = None) -> dict[str, Path]:
     """Leave models of some MiB, so that it matters what is kept of weights and of activations."""
-    size: dict[str, Any] = {"vocab_size": 512, "num_layers": 3, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4}
+    size: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "num_layers": 3,
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 256,
+        "num_heads": 4,
+    }
     t5 = transformers.T5Config(**size, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
     llama = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
         num_key_value_heads=2, pad_token_id=0, eos_token_id=1, attention_dropout=0.1,
     )  # fmt: skip
     folders = {}
@@ -47,14 +57,20 @@ def made(root: Path) -> dict[str, Path]:
     ):
         folders[name] = root / name
         model_class(config).save_pretrained(folders[name])
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.folder(name))
-        tokenizer.save_pretrained(folders[name])
+        transformers.AutoTokenizer.from_pretrained(tokenizer or tiny.folder(name)).save_pretrained(folders[name])
     return folders
 
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made(tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As backbones, with a tokenizer that knows words."""
+    vocab_size = json.loads((loading.EMBEDDED / "config.json").read_text())["vocab_size"]
+    return made(tmp_path_factory.mktemp("readers"), vocab_size, loading.EMBEDDED)
 
 
 def built(config: RunConfig) -> PromptedModel:
@@ -99,11 +115,16 @@ def measured(config: RunConfig, model: PromptedModel) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         _gradients(module, batch, TASKS, config, workers)
         optim.step()
+    return standing + peak(seen)
+
+
+def peak(seen: profile) -> int:
+    """Return the most bytes at once of what was allocated meanwhile."""
     live, most = 0, 0
     for _, size in sorted(allocations(seen.profiler.kineto_results.experimental_event_tree())):
         live += size
         most = max(most, live)
-    return standing + most
+    return most
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -164,6 +185,42 @@ def test_memory_is_within_15_percent_of_what_a_step_takes(
     model = built(config)
     planned = memory.estimate(config, model, DATA).at_once
     assert planned == pytest.approx(measured(config, model), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method", "mode", "precision"),
+    [
+        ("t5", "smop", "rank", "fp32"),
+        ("t5", "hyperprompt", "rank", "fp32"),
+        ("t5", "full", "generate", "bf16"),
+        ("llama", "smop", "rank", "fp32"),
+        ("llama", "hyperprompt_decoder", "generate", "fp32"),
+    ],
+)
+def test_an_evaluation_takes_the_rows_that_its_memory_holds(
+    readers: dict[str, Path], backbone: str, method: str, mode: str, precision: str
+) -> None:
+    """At most the memory that it may have, and not much less; the scores are those of any other batch size."""
+    free = 2 * 10**7
+    table = {
+        "backbone": {"name": str(readers[backbone])},
+        "method": METHODS[method],
+        "tasks": ["embedded/nli", "embedded/copa"],
+        "data": {"max_train_examples": 50, "max_validation_examples": 400},
+        "train": {"precision": precision},
+        "evaluate": {"mode": mode},
+    }
+    model, data = build(check(table))
+    rows = memory.evaluation_rows(check(table), model, data, free)
+    assert 1 < rows < memory.MOST_ROWS
+    assert memory.evaluation_rows(check(table), model, data, 10 * free) > 2 * rows
+    assert memory.evaluation_rows(check(table), model, data, 0) == 1
+    scores = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        scores.append(evaluate(model, data, check({**table, "evaluate": {"mode": mode, "batch_size": rows}}), ALONE))
+    assert 0.3 < peak(seen) / (free * memory.EVALUATION_SHARE) < 1
+    scores.append(evaluate(model, data, check({**table, "evaluate": {"mode": mode, "batch_size": None}}), ALONE))
+    assert scores[0] == scores[1]
 
 
 def test_a_backbone_without_weights_is_planned_by_its_shapes(

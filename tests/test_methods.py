@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ from polyprompt.errors import ConfigError
 from polyprompt.methods.attempt import Attempt
 from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
+from polyprompt.methods.made import MadeByTask
 from polyprompt.methods.routed_hyperprompt import RoutedHyperPrompt
 from polyprompt.methods.routing import route, router_logits
 from polyprompt.model import PromptedModel
@@ -673,6 +675,42 @@ def test_hyperprompt_runs_its_hypernetworks_once_for_each_task_of_the_batch() ->
     input_ids, mask, labels, task = tiny.batch(12)
     model(input_ids, mask, labels, task % 2)
     assert seen == [3, 2]
+
+
+@every_method
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_micro_batches_share_what_is_made_of_their_tasks(name: str, precision: str, rounding: float) -> None:
+    """Losses are equal, and gradients but for rounding; the networks run once, for the tasks of all micro-batches."""
+    micro_batches = list(zip(*(tensor.split([3, 4, 5]) for tensor in tiny.batch(12)), strict=True))
+
+    def run(model: PromptedModel, task_B: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        losses, autocast = [], torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with ExitStack() as held:
+            if task_B is not None:
+                with autocast:
+                    held.enter_context(model.made_once(task_B))
+            for micro in micro_batches:
+                with autocast:
+                    loss = model(*micro)
+                (loss.total + loss.penalty_B.sum()).backward()
+                losses.append(loss.nll_B.detach())
+        return torch.cat(losses), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    plain, gradients = run(strong(name, train=True).train(), None)
+    model = strong(name, train=True).train()
+    seen: list[list[int]] = []
+    if isinstance(method := model.method, MadeByTask):
+        make = method.make
+        method.make = lambda task_U: seen.append(task_U.tolist()) or make(task_U)  # type: ignore[method-assign,func-returns-value]
+    task_B = tiny.batch(12)[-1]
+    shared, again = run(model, task_B)
+    if isinstance(method, MadeByTask):
+        assert seen == [method.known(task_B).unique().tolist()]
+    assert torch.equal(plain, shared)
+    assert gradients.keys() == again.keys()
+    for key, gradient in gradients.items():
+        assert torch.linalg.norm(again[key] - gradient) <= rounding * torch.linalg.norm(gradient) + 1e-9, key
 
 
 @pytest.mark.parametrize(

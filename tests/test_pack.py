@@ -20,6 +20,7 @@ from polyprompt.backbone_config import BackboneConfig
 from polyprompt.config import METHOD_NAMES
 from polyprompt.errors import ConfigError, NotFiniteError
 from polyprompt.methods.base import Method
+from polyprompt.methods.made import MadeByTask
 from polyprompt.pack import Pack, groups
 from polyprompt.ray_train import run
 from polyprompt.recipe import check
@@ -275,7 +276,8 @@ def test_what_cannot_share_is_refused(small_run: Table, changes: Table, message:
 def test_methods_inside_the_backbone_are_known() -> None:
     """A method that joins the backbone, or gives adapters, must be named in packable.INSIDE."""
     prefix = "polyprompt.methods."
-    trained = [method for method in Method.__subclasses__() if method.__module__.startswith(prefix)]
+    every = [*Method.__subclasses__(), *MadeByTask.__subclasses__()]
+    trained = [method for method in every if method.__module__.startswith(prefix)]
     inside = {
         method.__module__.removeprefix(prefix)
         for method in trained

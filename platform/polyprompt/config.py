@@ -99,7 +99,8 @@ class EvaluateConfig(Section):
     #: rank: the choice with the highest log-likelihood; generate: greedy decoding and exact match.
     #: Tasks without choices are always generated.
     mode: Literal["rank", "generate"] = "rank"
-    batch_size: PositiveInt = 64
+    #: Rows that are computed at once. None: as many as half of the free memory holds, at most 512.
+    batch_size: PositiveInt | None = 64
     #: Stop after so many evaluations without a better mean score (None: never).
     early_stopping_patience: PositiveInt | None = None
 

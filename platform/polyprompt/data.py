@@ -114,6 +114,17 @@ class Split:
     def _choice_ids(self) -> datasets.Dataset:
         return self._table.select_columns(["choice_ids"])
 
+    @cached_property
+    def longest_choices(self) -> int | None:
+        """The tokens of all choices of an example together, at most; None where an example has no choices."""
+        own = self._choice_ids.data.column("choice_ids").combine_chunks()
+        shared = sum(map(len, self._meta["choice_ids"]))
+        totals = np.full(len(own), shared)
+        has_own = own.is_valid().to_numpy(zero_copy_only=False)
+        lengths = pc.list_value_length(pc.list_flatten(own)).to_numpy()
+        totals[has_own] = np.bincount(pc.list_parent_indices(own), weights=lengths, minlength=len(own))[has_own]
+        return int(totals.max()) if totals.min() > 0 else None
+
     def targets(self) -> list[str]:
         """Return the target text of every example."""
         return self._table.data.column("target").to_pylist()

@@ -1,10 +1,13 @@
 """Scores a model on the validation splits: predictions, then each task's official metrics, then their mean."""
 
 import math
+import socket
 from collections.abc import Sequence
 
+import psutil
 import torch
 
+from polyprompt import memory
 from polyprompt.collation import collate, length_batches
 from polyprompt.config import RunConfig
 from polyprompt.data import AnyData, Split, TaskData, TextData, text_metrics
@@ -19,23 +22,36 @@ def evaluate(model: PromptedModel, data: Sequence[AnyData], config: RunConfig, w
     """Score every task. The batches are the same for any number of workers, which take turns at them."""
     was_training = model.training
     model.eval()
+    batch_size = config.evaluate.batch_size or _rows_that_fit(model, data, config, workers)
     scores = {
-        task.task.name: _text_scores(model, index, task, config, workers)
+        task.task.name: _text_scores(model, index, task, config, workers, batch_size)
         if isinstance(task, TextData)
-        else _task_scores(model, index, task, config, workers)
+        else _task_scores(model, index, task, config, workers, batch_size)
         for index, task in enumerate(data)
     }
     model.train(was_training)
     return scores
 
 
+def _rows_that_fit(model: PromptedModel, data: Sequence[AnyData], config: RunConfig, workers: Workers) -> int:
+    """Return the largest batch that every worker has memory for: batches are the same on all."""
+    device, machine = next(model.parameters()).device, socket.gethostname()
+    neighbours = workers.gather(machine).count(machine)
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    else:
+        free = psutil.virtual_memory().available // neighbours
+    return min(workers.gather(memory.evaluation_rows(config, model, data, free)))
+
+
 def _task_scores(
-    model: PromptedModel, index: int, data: TaskData, config: RunConfig, workers: Workers
+    model: PromptedModel, index: int, data: TaskData, config: RunConfig, workers: Workers, batch_size: int
 ) -> dict[str, float]:
     split = data.validation
     predicted: dict[int, str] = {}
     longest_target = data.train.longest[1]
-    for rows in workers.mine(length_batches(split.input_lengths, config.evaluate.batch_size)):
+    for rows in workers.mine(length_batches(split.input_lengths, batch_size)):
         predicted.update(zip(rows, _predict(model, index, split, rows, config, longest_target), strict=True))
     everywhere: dict[int, str] = {}
     for part in workers.gather(predicted):
@@ -45,12 +61,12 @@ def _task_scores(
 
 
 def _text_scores(
-    model: PromptedModel, index: int, data: TextData, config: RunConfig, workers: Workers
+    model: PromptedModel, index: int, data: TextData, config: RunConfig, workers: Workers, batch_size: int
 ) -> dict[str, float]:
     """Return the loss of the held-out text, a mean over its target tokens."""
     split, device = data.validation, next(model.parameters()).device
     parts: list[tuple[int, float]] = []
-    for rows in workers.mine(length_batches(split.input_lengths, config.evaluate.batch_size)):
+    for rows in workers.mine(length_batches(split.input_lengths, batch_size)):
         batch = collate(split.rows(rows), [index] * len(rows), model.backbone.tokenizer.pad_token_id).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             loss = model(batch.input_ids_BT, batch.mask_BT, batch.labels_BS, batch.task_B)

@@ -6,7 +6,8 @@ Knows neither Ray nor MLflow nor ranks: `Workers` adds up gradients, a `Reporter
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from polyprompt import diagnosis, router_health
-from polyprompt.batches import Batches, GlobalBatch
+from polyprompt.batches import Batches, GlobalBatch, Shard
 from polyprompt.collation import Batch
 from polyprompt.config import RunConfig
 from polyprompt.errors import NotFiniteError
@@ -178,20 +179,39 @@ def _gradients(
     for number, shard in enumerate(batch.shards):
         torch.manual_seed(shard.seed)  # dropout and router noise belong to the shard, not to the process
         totals: Tensor | None = None
-        for piece, micro in enumerate(shard.micro_batches):
-            last = number == len(batch.shards) - 1 and piece == len(shard.micro_batches) - 1
-            with workers.accumulating(module, last):
-                loss, objective = _forward(module, micro, batch, config, together)
-                objective = objective * workers.loss_scale
-                if together is None:
-                    objective.backward()
-                else:
-                    together.backward(objective)
-            part = _totals(loss, micro.task_B.to(loss.nll_B.device), num_tasks)
-            totals = part if totals is None else totals + part
+        with _made_once(module, shard, config) if workers.exact else nullcontext():
+            for piece, micro in enumerate(shard.micro_batches):
+                last = number == len(batch.shards) - 1 and piece == len(shard.micro_batches) - 1
+                with workers.accumulating(module, last):
+                    loss, objective = _forward(module, micro, batch, config, together)
+                    objective = objective * workers.loss_scale
+                    if together is None:
+                        objective.backward()
+                    else:
+                        together.backward(objective)
+                part = _totals(loss, micro.task_B.to(loss.nll_B.device), num_tasks)
+                totals = part if totals is None else totals + part
         assert totals is not None
         workers.add_shard(totals)
     return workers.finish()
+
+
+@contextmanager
+def _made_once(model: PromptedModel, shard: Shard, config: RunConfig) -> Iterator[None]:
+    """Let hypernetworks run once for all micro-batches of a shard.
+
+    Not for all shards: each one's gradient is rounded by itself (workers.py), wherever it is computed. Not under DDP
+    and FSDP, which take parameters' gradients as they come in the last backward pass.
+    """
+    if len(shard.micro_batches) == 1:
+        yield
+        return
+    device = next(model.parameters()).device
+    task_B = torch.cat([micro.task_B for micro in shard.micro_batches]).to(device)
+    with ExitStack() as held:
+        with _autocast(device, config):
+            held.enter_context(model.made_once(task_B))
+        yield
 
 
 def _forward(
@@ -200,13 +220,17 @@ def _forward(
     """Return a micro-batch's loss, and what is to be minimised: its share of the global batch's."""
     device = next(module.parameters()).device
     micro = micro.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+    with _autocast(device, config):
         loss = (
             module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
             if together is None
             else together.forward(module, micro)
         )
     return loss, _objective(loss, batch, config) + loss.penalty_B.sum() / batch.num_rows
+
+
+def _autocast(device: torch.device, config: RunConfig) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
 def _objective(loss: Loss, batch: GlobalBatch, config: RunConfig) -> Tensor:

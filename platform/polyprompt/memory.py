@@ -26,10 +26,15 @@ from torch.utils._pytree import tree_iter
 from polyprompt import sharding
 from polyprompt.config import RunConfig
 from polyprompt.cpu_training import as_elsewhere
-from polyprompt.data import AnyData
+from polyprompt.data import AnyData, TaskData
 from polyprompt.model import PromptedModel
 
 aten = torch.ops.aten
+#: More rows at once do not keep a processor busier.
+MOST_ROWS = 512
+SOME_ROWS = 32
+#: Of the free memory: kernels, batches and other processes want some, too.
+EVALUATION_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,43 @@ def estimate(config: RunConfig, model: PromptedModel, data: Sequence[AnyData]) -
         parts["weights whole"] = sharding.whole_bytes(model, config.train.precision)
         at_once.append(standing + parts["weights whole"])
     return Memory(parts, max(at_once))
+
+
+def evaluation_rows(config: RunConfig, model: PromptedModel, data: Sequence[AnyData], free: int) -> int:
+    """Return how many rows an evaluation may compute at once, each as long as the longest of the validation splits.
+
+    free: bytes beside what stands already, of which EVALUATION_SHARE is taken. Found by inference on tensors without
+    data for some rows and for twice as many; the keys and values that generation keeps are added. At least 1, at most
+    MOST_ROWS.
+    """
+    dims, length, targets, written = model.backbone.dims(1), 1, 1, 0
+    for task in data:
+        length, target = max(length, task.validation.longest[0]), task.validation.longest[1]
+        if isinstance(task, TaskData):
+            choices = task.validation.longest_choices if config.evaluate.mode == "rank" else None
+            target = choices or task.train.longest[1]
+            written = max(written, 0 if choices else target)
+        targets = max(targets, target)
+    # So many that rows decide what is the most, and not what is made of tasks or copied of weights.
+    few, many = (_inference(config, model, rows, length, targets) for rows in (SOME_ROWS, 2 * SOME_ROWS))
+    kept = length + model.method.input_length + max(model.method.stack_lengths.values(), default=0) + written
+    number = 2 if config.train.precision == "bf16" else 4
+    cache = 2 * dims.decoder.num_layers * dims.decoder.num_heads * dims.decoder.head_dim * kept * number
+    each = (many - few) // SOME_ROWS + (cache if written else 0)
+    return min(MOST_ROWS, max(1, int(free * EVALUATION_SHARE - max(0, 2 * few - many)) // each))
+
+
+def _inference(config: RunConfig, model: PromptedModel, rows: int, length: int, targets: int) -> int:
+    """Return the most bytes at once of reading rows of this length with targets, beside the model."""
+    fake, mode = _without_data(model)
+    tally = _Tally([*fake.parameters(), *fake.buffers()], num_tasks=1)
+    fake.eval()
+    kernels = as_elsewhere(_EfficientAttention) if config.compute.use_gpu else nullcontext()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
+    with mode, tally, torch.no_grad(), kernels, autocast:
+        ids_BT, labels_BS = torch.ones(rows, length).long(), torch.ones(rows, targets).long()
+        fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
+    return tally.most
 
 
 def _bytes(tensor: Tensor) -> int:

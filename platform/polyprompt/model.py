@@ -4,6 +4,7 @@ Letters: B rows of a batch, T input tokens, S target tokens, C choices of all ro
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -273,6 +274,10 @@ class PromptedModel(nn.Module):
         """Return the input embeddings x_BTH, and what the method makes of them."""
         x_BTH = self.backbone.embed(input_ids_BT)
         return x_BTH, self.method.prompts(x_BTH, mask_BT, task_B + self.first_task)
+
+    def made_once(self, task_B: Tensor) -> AbstractContextManager[None]:
+        """Around passes of rows of these tasks whose gradients are added up; see Method.made_once."""
+        return self.method.made_once(task_B + self.first_task)
 
     def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:
         x_BTH, prompts = self.prompts(input_ids_BT, mask_BT, task_B)

@@ -51,7 +51,8 @@ class Workers:
         self.shards: Sequence[int] = range(rank, num_shards, self.num)
         self.rank = rank
         self._summing = summing
-        self._exact = summing == "exact"
+        #: Are a shard's gradients there when its own passes are done, and not reduced while they run?
+        self.exact = summing == "exact"
         self._parameters: list[nn.Parameter] = []
         self._wants_to_stop = wants_to_stop
         self._watch: Watch | None = None
@@ -68,7 +69,7 @@ class Workers:
         self._totals = torch.zeros(num_totals + 1, dtype=torch.float64, device=device)
         if self._summing == "fsdp":
             return model
-        if not self._exact:
+        if not self.exact:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.num > 1:
             with self.meeting():
@@ -81,7 +82,7 @@ class Workers:
     @property
     def loss_scale(self) -> float:
         """Factor of the loss: DDP and FSDP average over processes where the global batch wants the sum."""
-        return 1.0 if self._exact else float(self.num)
+        return 1.0 if self.exact else float(self.num)
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around a forward and backward pass; last: it is this process's last of the step."""
@@ -91,7 +92,7 @@ class Workers:
 
     def add_shard(self, totals: Tensor) -> None:
         """Take in a finished shard: its gradients, which are cleared, and its totals (float64, 1-D)."""
-        if not self._exact:
+        if not self.exact:
             self._totals[:-1] += totals
             return
         offset = 0
@@ -104,14 +105,14 @@ class Workers:
 
     def finish(self) -> Tensor:
         """Sum over processes; every parameter's gradient is then the global batch's. Returns the summed totals."""
-        summed = self._buffer if self._exact else self._totals
+        summed = self._buffer if self.exact else self._totals
         # The wish to stop travels with the sums: asking for it apart would cost a round a step.
         summed[-1] = float(self._wants_to_stop())
         with self.meeting():
             if self.num > 1:
                 dist.all_reduce(summed)
             self.stop = bool(summed[-1])  # on a GPU the sum is waited for here
-        if not self._exact:
+        if not self.exact:
             totals = summed[:-1].clone()
             summed.zero_()
             return totals

@@ -181,6 +181,11 @@ class Method(nn.Module, ABC):
     def leave(self, model: Any) -> None:
         """Work what `join` put there into the model's own weights, and take it out again."""
 
+    def made_once(self, task_B: Tensor) -> AbstractContextManager[None]:
+        """Around passes of rows of these tasks whose gradients are added up: networks that make something of the task
+        alone run once (made.py)."""
+        return nullcontext()
+
     def module_multiply_adds(self) -> Mapping[str, int]:
         """Return the multiply-adds that `join` added to modules of the backbone, by name, for each token they read."""
         return {}

@@ -5,14 +5,17 @@ from torch import Tensor, nn
 
 from polyprompt.config import HyperFormerConfig
 from polyprompt.errors import ConfigError
-from polyprompt.methods.base import Adapters, Dims, Method, ParameterGroup, Place, Prompts, StackDims
+from polyprompt.methods.base import Adapters, Dims, ParameterGroup, Place, Prompts, StackDims
+from polyprompt.methods.made import MadeByTask
 
 PLACES: tuple[Place, ...] = ("attention", "feed_forward")
+#: What is made for a layer's places, in the order of `Adapters`.
+PARTS = ("down_LJGHR", "down_bias_LJGR", "up_LJGRH", "up_bias_LJGH", "scale_LJGH", "shift_LJGH")
 #: Standard deviation of all linear maps at the start, as in the authors' code.
 WEIGHT_STD = 0.01
 
 
-class HyperFormer(Method):
+class HyperFormer(MadeByTask):
     """HyperFormer++: adapters behind self-attention and feed-forward, made from task, layer and position.
 
         I[τ,m,p] = LN(MLP(concat(k_τ, z_m, s_p)))       two layers 3t' → e → t, ReLU
@@ -39,6 +42,7 @@ class HyperFormer(Method):
                 f"method.reduction={config.reduction} must be between 1 and the backbone's hidden size {dims.hidden}: "
                 "the bottleneck is hidden size / reduction and needs at least one unit. Lower method.reduction"
             )
+        self.activation = config.activation
         self.task_KY = nn.Parameter(torch.randn(dims.num_tasks, config.task_embedding_size))
         stacks: dict[str, StackDims | None] = {"encoder": dims.encoder, "decoder": dims.decoder}
         self.stacks = nn.ModuleDict(
@@ -47,10 +51,17 @@ class HyperFormer(Method):
         self.layer_multiply_adds = len(PLACES) * 2 * dims.hidden * (dims.hidden // config.reduction)
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
-        # The hypernetworks run once for each task of the batch, not for each row.
-        task_G, owner_B = task_B.unique(return_inverse=True)
-        task_GY = self.task_KY[task_G]
-        return Prompts(adapters={name: stack(task_GY, owner_B, x_BTH.dtype) for name, stack in self.stacks.items()})
+        made, owner_B = self.made(task_B)
+        adapters = {}
+        for stack in self.stacks:
+            parts = {name: made[f"{stack}.{name}"].to(x_BTH.dtype) for name in PARTS}
+            adapters[stack] = Adapters(PLACES, self.activation, owner_B, **parts)
+        return Prompts(adapters=adapters)
+
+    def make(self, task_U: Tensor) -> dict[str, Tensor]:
+        task_GY = self.task_KY[task_U]
+        made = {stack: network(task_GY) for stack, network in self.stacks.items()}
+        return {f"{stack}.{name}": tensor for stack, parts in made.items() for name, tensor in parts.items()}
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "hypernetwork"
@@ -61,7 +72,6 @@ class StackHypernetwork(nn.Module):
 
     def __init__(self, config: HyperFormerConfig, dims: Dims, stack: StackDims) -> None:
         super().__init__()
-        self.config = config
         hidden, bottleneck = dims.hidden, dims.hidden // config.reduction
         x, y, e = config.projected_embedding_size, config.task_embedding_size, config.mlp_hidden_size
         self.layer_MY = nn.Parameter(torch.randn(stack.num_layers, y))
@@ -71,23 +81,21 @@ class StackHypernetwork(nn.Module):
         self.up, self.up_bias = _linear(x, bottleneck * hidden), _linear(x, hidden)
         self.scale, self.shift = _linear(x, hidden), _linear(x, hidden)
 
-    def forward(self, task_GY: Tensor, owner_B: Tensor, dtype: torch.dtype) -> Adapters:
-        """Return the adapters of the rows. task_GY: embeddings of the batch's tasks; owner_B: each row's among them."""
+    def forward(self, task_GY: Tensor) -> dict[str, Tensor]:
+        """Return the PARTS of the adapters of the tasks with these embeddings."""
         lead = (len(self.layer_MY), len(self.place_JY), len(task_GY), -1)
         of_task, of_layer, of_place = task_GY, self.layer_MY[:, None, None], self.place_JY[:, None]
         joint_LJGX = self.mlp(torch.cat([part.expand(lead) for part in (of_task, of_layer, of_place)], dim=-1))
         bottleneck = self.down_bias.out_features
-        return Adapters(
-            places=PLACES,
-            activation=self.config.activation,
-            owner_B=owner_B,
-            down_LJGHR=self.down(joint_LJGX).unflatten(-1, (-1, bottleneck)).to(dtype),
-            down_bias_LJGR=self.down_bias(joint_LJGX).to(dtype),
-            up_LJGRH=self.up(joint_LJGX).unflatten(-1, (bottleneck, -1)).to(dtype),
-            up_bias_LJGH=self.up_bias(joint_LJGX).to(dtype),
-            scale_LJGH=self.scale(joint_LJGX).to(dtype),
-            shift_LJGH=self.shift(joint_LJGX).to(dtype),
+        made = (
+            self.down(joint_LJGX).unflatten(-1, (-1, bottleneck)),
+            self.down_bias(joint_LJGX),
+            self.up(joint_LJGX).unflatten(-1, (bottleneck, -1)),
+            self.up_bias(joint_LJGX),
+            self.scale(joint_LJGX),
+            self.shift(joint_LJGX),
         )
+        return dict(zip(PARTS, made, strict=True))
 
 
 def _linear(into: int, out: int) -> nn.Linear:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from polyprompt.config import HyperPromptConfig, RoutedHyperPromptConfig
 from polyprompt.errors import ConfigError
-from polyprompt.methods.base import Dims, KeyValues, Method, ParameterGroup, Prompts, StackDims
+from polyprompt.methods.base import Dims, KeyValues, ParameterGroup, Prompts, StackDims
+from polyprompt.methods.made import MadeByTask
 from polyprompt.methods.routing import Routed
 from polyprompt.methods.stacks import prompted_stacks, stack_lengths
 
@@ -16,7 +17,7 @@ from polyprompt.methods.stacks import prompted_stacks, stack_lengths
 PROMPT_STD = 0.1
 
 
-class HyperPrompt(Method):
+class HyperPrompt(MadeByTask):
     """A global prompt for each task, turned into keys and values of each layer by bottleneck hypernetworks.
 
         P_k[m,τ] = U_k[m,τ] · ReLU(D_k[m,τ] · P_τ)        likewise P_v; encoder and decoder have their own of everything
@@ -50,12 +51,15 @@ class HyperPrompt(Method):
         self.task_aware = self.encoder is not None or self.decoder is not None
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
-        # The hypernetworks run once for each task of the batch, not for each row.
-        task_U, row_B = task_B.unique(return_inverse=True)
+        made, row_B = self.made(task_B)
         return Prompts(
-            encoder=None if self.encoder is None else self.encoder(task_U, row_B, x_BTH.dtype),
-            decoder=None if self.decoder is None else self.decoder(task_U, row_B, x_BTH.dtype),
+            encoder=None if self.encoder is None else self.encoder.of_rows(made["encoder"], row_B, x_BTH.dtype),
+            decoder=None if self.decoder is None else self.decoder.of_rows(made["decoder"], row_B, x_BTH.dtype),
         )
+
+    def make(self, task_U: Tensor) -> dict[str, Tensor]:
+        stacks = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: stack(task_U) for name, stack in stacks.items() if stack is not None}
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter.endswith("prompt_KPH") else "hypernetwork"
@@ -109,24 +113,30 @@ class StackPrompts(nn.Module):
             self.down_CMGHE = nn.Parameter(torch.randn(2, stack.num_layers, owners, hidden, bottleneck) * down_std)
             self.up_CMGEF = nn.Parameter(torch.randn(2, stack.num_layers, owners, bottleneck, width) * up_std)
 
-    def forward(self, task_U: Tensor, row_B: Tensor, dtype: torch.dtype) -> KeyValues:
-        """Return keys and values for the rows. task_U: the tasks of the batch; row_B: each row's place among them."""
+    def forward(self, task_U: Tensor) -> Tensor:
+        """Return made_CMUPF, the keys and values of these tasks."""
         down_CMUHE, up_CMUEF = self._hypernetworks(task_U)
         hidden_CMUPE = torch.einsum("uph,cmuhe->cmupe", self.prompt_KPH[task_U], down_CMUHE).relu()
-        made_CMUPF = torch.einsum("cmupe,cmuef->cmupf", hidden_CMUPE, up_CMUEF)
+        return torch.einsum("cmupe,cmuef->cmupf", hidden_CMUPE, up_CMUEF)
+
+    def of_rows(self, made_CMUPF: Tensor, row_B: Tensor, dtype: torch.dtype) -> KeyValues:
+        """Return keys and values for the rows. row_B: each row's place among the tasks."""
         made_CMUPND = made_CMUPF.unflatten(-1, (self.stack.num_heads, self.stack.head_dim))
         keys_LUNPD, values_LUNPD = made_CMUPND.transpose(3, 4).to(dtype)
         return KeyValues(keys_LUNPD.index_select(1, row_B), values_LUNPD.index_select(1, row_B))
 
-    def routed(self, task_U: Tensor, row_B: Tensor, routed: Routed, dtype: torch.dtype) -> KeyValues:
-        """Return keys and values of prompts that a router picks or mixes; prompt_KPH then holds its R prompts.
-
-        What is made of a prompt is weighted, which at one prompt is the same as weighting the prompt: ReLU(w·x) =
-        w·ReLU(x) for w >= 0. The hypernetworks run once for each task of the batch and prompt.
-        """
+    def of_each_prompt(self, task_U: Tensor) -> Tensor:
+        """Return made_CMURPF: keys and values of each of a router's R prompts, which prompt_KPH then holds."""
         down_CMUHE, up_CMUEF = self._hypernetworks(task_U)
         hidden_CMURPE = torch.einsum("rph,cmuhe->cmurpe", self.prompt_KPH, down_CMUHE).relu()
-        made_CMURPF = torch.einsum("cmurpe,cmuef->cmurpf", hidden_CMURPE, up_CMUEF)
+        return torch.einsum("cmurpe,cmuef->cmurpf", hidden_CMURPE, up_CMUEF)
+
+    def routed(self, made_CMURPF: Tensor, row_B: Tensor, routed: Routed, dtype: torch.dtype) -> KeyValues:
+        """Return keys and values of the prompts that a router picks or mixes.
+
+        What is made of a prompt is weighted, which at one prompt is the same as weighting the prompt: ReLU(w·x) =
+        w·ReLU(x) for w >= 0.
+        """
         made_CMVPF = made_CMURPF.flatten(2, 3)
         place_BC = row_B[:, None] * len(self.prompt_KPH) + routed.choice_BC
         # Only what a row gets is gathered: one prompt for most routings, all R for routing none and gumbel.

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.config import PTuningConfig
-from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
+from polyprompt.methods.base import Dims, ParameterGroup, Prompts
+from polyprompt.methods.made import MadeByTask
 
 
-class PTuning(Method):
+class PTuning(MadeByTask):
     """Prepend P vectors that an MLP or a bidirectional LSTM makes from P trained virtual-token embeddings.
 
         encoder mlp   P_τ = W3·ReLU(W2·ReLU(W1·E_τ + b1) + b2) + b3         each token by itself: H → e → e → H
@@ -45,14 +46,21 @@ class PTuning(Method):
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
         if self.tokens_GPH is None:
             return Prompts()
-        # The encoder runs for the tasks of the batch alone: how many others there are changes nothing.
-        task_U, row_B = (task_B if self.per_task else torch.zeros_like(task_B)).unique(return_inverse=True)
+        made, row_B = self.made(task_B)
+        return Prompts(inputs_BPH=made["inputs"][row_B].to(x_BTH.dtype))
+
+    def known(self, task_B: Tensor) -> Tensor:
+        return task_B if self.per_task else torch.zeros_like(task_B)
+
+    def make(self, task_U: Tensor) -> dict[str, Tensor]:
+        if self.tokens_GPH is None:
+            return {}
         tokens_UPH = self.tokens_GPH[task_U]
         # A few tokens: fp32 costs nothing, and not every processor has a bf16 LSTM.
-        with torch.autocast(x_BTH.device.type, enabled=False):
+        with torch.autocast(tokens_UPH.device.type, enabled=False):
             # Contiguous: of another layout torch multiplies in another order once the weights are frozen.
             made_UPH = self.mlp(tokens_UPH if self.lstm is None else self.lstm(tokens_UPH)[0].contiguous())
-        return Prompts(inputs_BPH=made_UPH[row_B].to(x_BTH.dtype))
+        return {"inputs": made_UPH}
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter == "tokens_GPH" else "hypernetwork"

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.config import PrefixTuningConfig
-from polyprompt.methods.base import Dims, KeyValues, Method, ParameterGroup, Prompts, StackDims
+from polyprompt.methods.base import Dims, KeyValues, ParameterGroup, Prompts, StackDims
+from polyprompt.methods.made import MadeByTask
 from polyprompt.methods.stacks import prompted_stacks, stack_lengths
 
 #: E[tanh(z)²] for z ~ N(0, 1).
 TANH_VARIANCE = 0.394
 
 
-class PrefixTuning(Method):
+class PrefixTuning(MadeByTask):
     """Prepend P trained keys and values in each layer: one prefix for all tasks, or one for each.
 
         [P_k ; P_v] of all layers = Θ_τ                        reparameterisation: none
@@ -38,12 +39,18 @@ class PrefixTuning(Method):
         self.task_aware = config.per_task and bool(made)
 
     def prompts(self, x_BTH: Tensor, mask_BT: Tensor, task_B: Tensor) -> Prompts:
-        # The MLP runs for the tasks of the batch alone: how many others there are changes nothing.
-        task_U, row_B = (task_B if self.per_task else torch.zeros_like(task_B)).unique(return_inverse=True)
+        made, row_B = self.made(task_B)
         return Prompts(
-            encoder=None if self.encoder is None else self.encoder(task_U, row_B, x_BTH.dtype),
-            decoder=None if self.decoder is None else self.decoder(task_U, row_B, x_BTH.dtype),
+            encoder=None if self.encoder is None else self.encoder.of_rows(made["encoder"], row_B, x_BTH.dtype),
+            decoder=None if self.decoder is None else self.decoder.of_rows(made["decoder"], row_B, x_BTH.dtype),
         )
+
+    def known(self, task_B: Tensor) -> Tensor:
+        return task_B if self.per_task else torch.zeros_like(task_B)
+
+    def make(self, task_U: Tensor) -> dict[str, Tensor]:
+        stacks = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: stack(task_U) for name, stack in stacks.items() if stack is not None}
 
     def group_of(self, parameter: str) -> ParameterGroup:
         return "prompt" if parameter.endswith("prefix_GPW") else "hypernetwork"
@@ -70,10 +77,13 @@ class StackPrefix(nn.Module):
                 nn.init.zeros_(layer.bias)
             self.mlp = nn.Sequential(into, nn.Tanh(), out)
 
-    def forward(self, task_U: Tensor, row_B: Tensor, dtype: torch.dtype) -> KeyValues:
-        """Return keys and values for the rows. task_U: the prefixes of the batch; row_B: each row's place in them."""
+    def forward(self, task_U: Tensor) -> Tensor:
+        """Return made_UPW, the keys and values of these prefixes."""
         prefix_UPW = self.prefix_GPW[task_U]
-        made_UPW = prefix_UPW if self.mlp is None else self.mlp(prefix_UPW)
+        return prefix_UPW if self.mlp is None else self.mlp(prefix_UPW)
+
+    def of_rows(self, made_UPW: Tensor, row_B: Tensor, dtype: torch.dtype) -> KeyValues:
+        """Return keys and values for the rows. row_B: each row's place among the prefixes."""
         made_UPCLND = made_UPW.unflatten(-1, (2, self.stack.num_layers, self.stack.num_heads, self.stack.head_dim))
         keys_LUNPD, values_LUNPD = made_UPCLND.permute(2, 3, 0, 4, 1, 5).to(dtype)
         return KeyValues(keys_LUNPD.index_select(1, row_B), values_LUNPD.index_select(1, row_B))

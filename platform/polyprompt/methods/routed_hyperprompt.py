@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.config import RoutedHyperPromptConfig
-from polyprompt.methods.base import Dims, Method, ParameterGroup, Prompts
+from polyprompt.methods.base import Dims, ParameterGroup, Prompts
 from polyprompt.methods.hyperprompt import stack_prompts
+from polyprompt.methods.made import MadeByTask
 from polyprompt.methods.routing import route, router_logits, start_routers
 from polyprompt.methods.stacks import stack_lengths
 
 
-class RoutedHyperPrompt(Method):
+class RoutedHyperPrompt(MadeByTask):
     """R global prompts; a router picks one (or mixes some) for each row, hypernetworks make keys and values of it.
 
         p = softmax(μ·x̄), c = argmax_j p_j                           as SMoP; other routings in routing.py
@@ -50,14 +51,20 @@ class RoutedHyperPrompt(Method):
         with torch.autocast(x_BTH.device.type, enabled=False):
             logits_BR = router_logits(self.config, self.router_GHR, x_BTH, mask_BT, task_B)
             routed = route(self.config, logits_BR, training=self.training)
-        known_B = task_B if self.config.hypernetworks_know_task else torch.zeros_like(task_B)
-        task_U, row_B = known_B.unique(return_inverse=True)
+        made, row_B = self.made(task_B)
         return Prompts(
-            encoder=None if self.encoder is None else self.encoder.routed(task_U, row_B, routed, x_BTH.dtype),
-            decoder=None if self.decoder is None else self.decoder.routed(task_U, row_B, routed, x_BTH.dtype),
+            encoder=None if self.encoder is None else self.encoder.routed(made["encoder"], row_B, routed, x_BTH.dtype),
+            decoder=None if self.decoder is None else self.decoder.routed(made["decoder"], row_B, routed, x_BTH.dtype),
             aux=routed.aux,
             penalty_B=routed.penalty_B,
         )
+
+    def known(self, task_B: Tensor) -> Tensor:
+        return task_B if self.config.hypernetworks_know_task else torch.zeros_like(task_B)
+
+    def make(self, task_U: Tensor) -> dict[str, Tensor]:
+        stacks = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: stack.of_each_prompt(task_U) for name, stack in stacks.items() if stack is not None}
 
     def group_of(self, parameter: str) -> ParameterGroup:
         if parameter == "router_GHR":
