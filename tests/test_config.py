@@ -136,6 +136,11 @@ def test_a_fault_is_named_with_its_mend(tmp_path: Path, override: str, message: 
         load([recipe(tmp_path, method={"name": "smop"})], [override])
 
 
+def test_a_model_that_is_cut_up_is_evaluated_in_batches_of_a_stated_size() -> None:
+    with pytest.raises(ConfigError, match=r"needs a number for evaluate\.batch_size"):
+        check({"tasks": TASKS, "compute": {"strategy": "fsdp", "num_workers": 2}, "evaluate": {"batch_size": None}})
+
+
 def test_all_faults_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         check({"tasks": TASKS, "train": {"max_step": 1}, "evaluate": {"mode": "guess"}})

@@ -240,6 +240,11 @@ class RunConfig(Section):
                 "compute.strategy=fsdp needs train.optimizer=adamw: Adafactor's moments of rows and columns are those "
                 "of whole parameters. Use adamw, or compute.strategy=ddp"
             )
+        if self.evaluate.batch_size is None:
+            raise ValueError(
+                "compute.strategy=fsdp needs a number for evaluate.batch_size: what a row takes is found on a copy "
+                "without data, which a model that is cut up has not. Set evaluate.batch_size"
+            )
         if self.init is not None:
             raise ValueError(
                 "compute.strategy=fsdp cannot train parts of parameters, which init.from does. Use compute.strategy=ddp"
