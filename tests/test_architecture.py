@@ -24,7 +24,7 @@ ONLY = {
 
 #: The same of tuning/.
 ONLY_TUNING = {
-    "ray": {"execution.py", "frozen_weights.py", "packs.py", "population.py", "sampler.py"},
+    "ray": {"execution.py", "frozen_weights.py", "packs.py", "population.py", "sampler.py", "schedulers.py"},
     "mlflow": set[str](),
     "optuna": {"sampler.py", "study_importances.py"},
 }

@@ -409,7 +409,7 @@ def test_a_search_ended_in_the_middle_is_finished_by_resume(small_run: Table, tm
 
 @pytest.mark.slow  # imports Ray Tune
 def test_a_scheduler_is_told_of_the_trials_that_are_done(small_run: Table) -> None:
-    from tuning.execution import scheduler
+    from tuning.schedulers import scheduler
 
     def known(number: int, *curve: float) -> Trial:
         points = [(4 * i, value) for i, value in enumerate(curve, 1)]

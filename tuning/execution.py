@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from polyprompt import placement, ray_train
@@ -33,9 +33,10 @@ from polyprompt.errors import StoppedError
 from polyprompt.run_folder import LOCK
 from tuning.population import UNTIL, Population
 from tuning.sampler import Source, Unstarted
-from tuning.schema import AshaScheduler, MedianScheduler, PbtScheduler
+from tuning.schedulers import scheduler
+from tuning.schema import PbtScheduler
 from tuning.spaces import Params, Search
-from tuning.study import Change, Objective, Trial
+from tuning.study import Change, Trial
 from tuning.trial import Ended, Values
 from tuning.work import STEP, PausedError, Report, failure
 
@@ -44,8 +45,6 @@ OUTCOME, CAUSE, FINISHED, FAILED, INTERRUPTED = "outcome", "cause", "finished", 
 #: How long a stopped trial's run may take to end in order; it sees the order at its next logged step.
 ENDING_SECONDS = 120.0
 REAP_SECONDS = 5.0
-#: More steps than any trial has: Tune never ends a trial by its length.
-ENDLESS = 10**9
 
 
 class PassingError(Exception):
@@ -313,68 +312,6 @@ def execute(
         tuner.fit()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def scheduler(search: Search, known: Sequence[Trial]) -> TrialScheduler:
-    """Return Tune's scheduler, told the curves of the trials that are done. Of a population: see population.py."""
-    chosen, score, every = search.config.scheduler, search.score, search.run.evaluate.steps
-    if not isinstance(chosen, AshaScheduler | MedianScheduler):
-        return FIFOScheduler()
-    assert score is not None
-    assert every is not None
-    shared: dict[str, Any] = {
-        "time_attr": STEP,
-        "metric": score.metric,
-        "mode": score.mode,
-        "grace_period": chosen.grace_steps or every,
-    }
-    made: TrialScheduler
-    if isinstance(chosen, AshaScheduler):
-        made = AsyncHyperBandScheduler(**shared, max_t=ENDLESS, reduction_factor=chosen.reduction_factor)
-    else:
-        # Never pause one trial for another.
-        made = MedianStoppingRule(**shared, min_samples_required=chosen.min_trials, min_time_slice=ENDLESS)
-    for trial in known:
-        if trial.state in ("finished", "stopped"):
-            _replay(made, trial, score)
-    return made
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """All that a scheduler looks at of a trial that is not Tune's."""
-
-    trial_id: str
-
-
-class NoController:
-    """No other trial is alive that one could be paused for."""
-
-    @staticmethod
-    def get_live_trials() -> list[Any]:
-        return []
-
-
-def _replay(made: TrialScheduler, trial: Trial, score: Objective) -> None:
-    """Tell a scheduler of a trial that is done."""
-    known: Any = StandIn(f"known_{trial.number}")
-    controller: Any = NoController()
-    results = [{STEP: step, score.metric: value} for step, value in _points(trial)]
-    made.on_trial_add(controller, known)
-    for result in results[:-1]:
-        made.on_trial_result(controller, known, result)
-    if results:
-        made.on_trial_complete(controller, known, results[-1])
-
-
-def _points(trial: Trial) -> list[tuple[int, float]]:
-    """Return the curve over all seeds, with the step that grows over them, as the trial itself reports it."""
-    points: list[tuple[int, float]] = []
-    offset = 0
-    for run in trial.runs:
-        points += [(offset + step, value) for step, value in run.curve]
-        offset += run.num_steps
-    return points
 
 
 def _resources(search: Search) -> tune.PlacementGroupFactory:

@@ -20,8 +20,9 @@ from polyprompt import placement
 from polyprompt.errors import StoppedError
 from polyprompt.pack import Pack, Seat
 from tuning.capacity import Capacity
-from tuning.execution import Events, NoController, StandIn, lost, scheduler
+from tuning.execution import Events, lost
 from tuning.sampler import Source, Unstarted
+from tuning.schedulers import NoController, StandIn, scheduler
 from tuning.spaces import Params, Search
 from tuning.study import Trial
 from tuning.trial import Ended, Values
