@@ -50,8 +50,7 @@ def groups(quick: bool = False) -> list[Group]:
         _group("utilisation fp32", _utilisation("fp32"), turns=3),
         _group("utilisation bf16", _utilisation("bf16"), turns=3),
         _group("SMoP and PEFT prompt tuning", _smop_and_peft(), turns=2),
-        _group("HyperPrompt and plain tuning", _hyperprompt_and_full(rows=4), turns=4),
-        _group("HyperPrompt and plain tuning, 16 examples", _hyperprompt_and_full(rows=16), turns=3),
+        _group("HyperPrompt and plain tuning", _hyperprompt_and_full(), turns=4),
         _group("HyperPrompt folded", _folded(), turns=7),
         _group("by length and as drawn", _by_length(), turns=3),
         _group("mixed and single task", _mixed(), turns=7),
@@ -90,8 +89,8 @@ def _smop_and_peft() -> list[Case]:
     ]
 
 
-def _hyperprompt_and_full(rows: int) -> list[Case]:
-    common: dict[str, Any] = {"loop": "fit", "lengths": "superglue", "rows": rows, "shards": 2}
+def _hyperprompt_and_full() -> list[Case]:
+    common: dict[str, Any] = {"loop": "fit", "lengths": "superglue", "rows": 4, "shards": 2}
     return [
         Case(name="HyperPrompt-Global", method=HYPERPROMPT, **common),
         Case(name="full tuning", method=FULL, **common),
@@ -183,8 +182,6 @@ RATIOS: list[Ratio] = [
            "at most", 0.70),
     _ratio("HyperPrompt-Global ÷ full tuning, step time", "HyperPrompt and plain tuning", _HYPER_FULL, "step_seconds",
            "at most", 1.05),
-    _ratio("HyperPrompt-Global ÷ full tuning, step time, 16 examples", "HyperPrompt and plain tuning, 16 examples",
-           _HYPER_FULL, "step_seconds", "at most", 1.05),
     _ratio("HyperPrompt-Global ÷ full tuning, memory", "HyperPrompt and plain tuning", _HYPER_FULL, "total_bytes",
            "at most", 1.05),
     _ratio("HyperPrompt-Global folded ÷ full tuning, inference time", "HyperPrompt folded",
