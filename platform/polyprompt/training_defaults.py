@@ -18,14 +18,14 @@ TRAINING: Mapping[str, Mapping[str, Any]] = {
     "routed_hyperprompt": WHOLE,
     "prompt_tuning": {"learning_rate": 5e-2},
     "smop": {"learning_rate": 0.4, "group_learning_rates": {"router": 1e-2}},
-    "p_tuning": {"learning_rate": 5e-2, "group_learning_rates": {"hypernetwork": 1e-3}},
-    "prefix_tuning": {"learning_rate": 1e-2, "group_learning_rates": {"hypernetwork": 1e-3}},
+    "p_tuning": {"learning_rate": 0.15, "group_learning_rates": {"hypernetwork": 3e-3}},
+    "prefix_tuning": {"learning_rate": 0.1, "group_learning_rates": {"hypernetwork": 3e-3}},
     "dept": {"learning_rate": 5e-2, "group_learning_rates": {"embedding": 1e-3}},
     "attempt": {"learning_rate": 5e-2, "group_learning_rates": {"router": 1e-3}},
-    "mpt": {"learning_rate": 5e-2, "group_learning_rates": {"task": 1e-2}},
-    "adapter": {"learning_rate": 1e-3},
+    "mpt": {"learning_rate": 0.5, "group_learning_rates": {"task": 0.1}},
+    "adapter": {"learning_rate": 3e-3},
     "hyperformer": {"learning_rate": 1e-3},
-    "lora": {"learning_rate": 1e-3},
+    "lora": {"learning_rate": 3e-3},
 }
 
 
