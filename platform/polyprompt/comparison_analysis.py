@@ -23,6 +23,7 @@ from polyprompt.config import RunConfig
 from polyprompt.errors import DataError, PolypromptError
 from polyprompt.model import PromptedModel, input_limit
 from polyprompt.plan import model_of
+from polyprompt.precision import autocast
 from polyprompt.reading import read_rows
 from polyprompt.tasks import catalog
 from polyprompt.tasks.records import Example, Task
@@ -124,7 +125,7 @@ def _task(model: PromptedModel, config: RunConfig, index: int, task: Task, examp
         (ids,), _ = writer.inputs([example.input])
         (target,) = token_store.tokens(tokenizer, [example.target])
         labels = [*target[: config.data.max_target_tokens - 1], tokenizer.eos_token_id]
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+        with autocast(config.train.precision, "cpu"):
             own = _row(model, torch.tensor([ids]), torch.tensor([labels]), torch.tensor([index]))
         total = own if total is None else _sum(total, own)
     assert total is not None

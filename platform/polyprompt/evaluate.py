@@ -13,6 +13,7 @@ from polyprompt.config import RunConfig
 from polyprompt.data import AnyData, Split, TaskData, TextData, text_metrics
 from polyprompt.loop import Scores
 from polyprompt.model import PromptedModel
+from polyprompt.precision import autocast
 from polyprompt.tasks import metrics
 from polyprompt.workers import Workers
 
@@ -68,7 +69,7 @@ def _text_scores(
     parts: list[tuple[int, float]] = []
     for rows in workers.mine(length_batches(split.input_lengths, batch_size)):
         batch = collate(split.rows(rows), [index] * len(rows), model.backbone.tokenizer.pad_token_id).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        with autocast(config.train.precision, device.type):
             loss = model(batch.input_ids_BT, batch.mask_BT, batch.labels_BS, batch.task_B)
         parts += zip(rows, loss.nll_B.tolist(), strict=True)
     # Summed in the order of the rows, whichever process scored them.
@@ -87,7 +88,7 @@ def _predict(
     device = next(model.parameters()).device
     batch = collate(split.rows(rows), [task] * len(rows), model.backbone.tokenizer.pad_token_id).to(device)
     examples = split.examples(rows)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+    with autocast(config.train.precision, device.type):
         if config.evaluate.mode == "rank" and all(example.choices for example in examples):
             choices = [split.choice_ids(row) for row in rows]
             scores = model.score_choices(batch.input_ids_BT, batch.mask_BT, batch.task_B, choices)

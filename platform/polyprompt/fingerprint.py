@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from polyprompt.collation import IGNORED, collate
 from polyprompt.errors import BundleError
 from polyprompt.model import PromptedModel
+from polyprompt.precision import autocast
 from polyprompt.tasks.records import TokenRow
 
 #: Tokens of the input and of the target of each row that a task is asked.
@@ -69,7 +70,7 @@ def _answers(
     model: PromptedModel, rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], precision: str
 ) -> dict[str, Any]:
     digest, scores = hashlib.sha256(), []
-    with _in_eval(model), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with _in_eval(model), autocast(precision, "cpu"):
         for task in dict.fromkeys(row["task"] for row in rows):
             own = [TokenRow(row["input_ids"], row["target_ids"]) for row in rows if row["task"] == task]
             batch = collate(own, [tasks.index(task)] * len(own), model.backbone.tokenizer.pad_token_id)

@@ -22,6 +22,7 @@ from polyprompt.config import RunConfig
 from polyprompt.errors import NotFiniteError
 from polyprompt.model import Loss, PromptedModel
 from polyprompt.optim import Optim
+from polyprompt.precision import autocast
 from polyprompt.workers import Workers
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -209,7 +210,7 @@ def _made_once(model: PromptedModel, shard: Shard, config: RunConfig) -> Iterato
     device = next(model.parameters()).device
     task_B = torch.cat([micro.task_B for micro in shard.micro_batches]).to(device)
     with ExitStack() as held:
-        with _autocast(device, config):
+        with autocast(config.train.precision, device.type):
             held.enter_context(model.made_once(task_B))
         yield
 
@@ -220,17 +221,13 @@ def _forward(
     """Return a micro-batch's loss, and what is to be minimised: its share of the global batch's."""
     device = next(module.parameters()).device
     micro = micro.to(device)
-    with _autocast(device, config):
+    with autocast(config.train.precision, device.type):
         loss = (
             module(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
             if together is None
             else together.forward(module, micro)
         )
     return loss, _objective(loss, batch, config) + loss.penalty_B.sum() / batch.num_rows
-
-
-def _autocast(device: torch.device, config: RunConfig) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
 def _objective(loss: Loss, batch: GlobalBatch, config: RunConfig) -> Tensor:

@@ -28,6 +28,7 @@ from polyprompt.config import RunConfig
 from polyprompt.cpu_training import as_elsewhere
 from polyprompt.data import AnyData, TaskData
 from polyprompt.model import PromptedModel
+from polyprompt.precision import autocast
 
 aten = torch.ops.aten
 #: More rows at once do not keep a processor busier.
@@ -111,8 +112,7 @@ def _inference(config: RunConfig, model: PromptedModel, rows: int, length: int, 
     tally = _Tally([*fake.parameters(), *fake.buffers()], num_tasks=1)
     fake.eval()
     kernels = as_elsewhere(_EfficientAttention) if config.compute.use_gpu else nullcontext()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
-    with mode, tally, torch.no_grad(), kernels, autocast:
+    with mode, tally, torch.no_grad(), kernels, autocast(config.train.precision, "cpu"):
         ids_BT, labels_BS = torch.ones(rows, length).long(), torch.ones(rows, targets).long()
         fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
     return tally.most
@@ -191,7 +191,7 @@ class _Step:
             ids_BT, labels_BS = torch.ones(rows, length).long(), torch.ones(rows, targets).long()
             # Around the backward pass too, in which checkpointing runs layers anew.
             with as_elsewhere(_EfficientAttention) if config.compute.use_gpu else nullcontext():
-                with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+                with autocast(config.train.precision, "cpu"):
                     loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
                 (loss.total + loss.penalty_B.sum()).backward()
         self.most, self.activations = tally.most, tally.most_activations

@@ -33,6 +33,13 @@ def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
     return {**table, "train": {**train, "precision": "bf16" if use_gpu is True or cpu_has_bf16() else "fp32"}}
 
 
+def autocast(precision: str, device: str) -> "torch.autocast":
+    """Return the context in which a model of that precision is computed on a kind of device."""
+    import torch
+
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+
 def warn_of_emulation(precision: Literal["fp32", "bf16"], device: "torch.device") -> None:
     """Log it where a model of that precision is about to be computed on a CPU that has no bf16."""
     if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():

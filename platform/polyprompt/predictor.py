@@ -18,6 +18,7 @@ from polyprompt.collation import collate, frugal_batches, length_batches
 from polyprompt.errors import BundleError, DataError, hint
 from polyprompt.model import Written, input_limit
 from polyprompt.plan import Load, model_of
+from polyprompt.precision import autocast
 from polyprompt.result import RunResult
 from polyprompt.run_folder import BUNDLES, RESULT, best_bundle
 from polyprompt.tasks import catalog
@@ -203,7 +204,7 @@ class Predictor:
         batch = collate([ask.tokens for ask in asks], [ask.task for ask in asks], tokenizer.pad_token_id).to(
             self.device
         )
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+        with autocast(self.config.train.precision, self.device.type):
             answers = self.model.answer(
                 batch.input_ids_BT,
                 batch.mask_BT,
