@@ -19,7 +19,7 @@ import pytest
 from matplotlib.image import imread
 from test_study_tracking import SCORES, close, searched
 
-from polyprompt.tracking import RunHandle
+from polyprompt.tracking_opening import RunHandle
 from tuning.study import Study
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent: pip install -e '.[browser]'")

@@ -20,7 +20,8 @@ from polyprompt.errors import TrackingError
 from polyprompt.recipe import check
 from polyprompt.result import RunResult
 from polyprompt.study_tracking import child_tags, close_study, model_name, open_study
-from polyprompt.tracking import RunHandle, finish, open_run
+from polyprompt.tracking import finish, open_run
+from polyprompt.tracking_opening import RunHandle
 from tuning import study_report
 from tuning.study import Study, Trial
 

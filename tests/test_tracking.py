@@ -29,7 +29,8 @@ from polyprompt.recipe import check
 from polyprompt.section import mask
 from polyprompt.tasks.records import FileSource, GeneratedSource, HubSource, Row, Source
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Trackers
-from polyprompt.tracking import DataInput, RunHandle, finish, log_artifacts, open_run, resend, resolve_uri
+from polyprompt.tracking import finish, log_artifacts, open_run, resend, resolve_uri
+from polyprompt.tracking_opening import DataInput, RunHandle
 from polyprompt.tracking_store import slug
 
 PLATFORM = Path(tracking.__file__).parents[1]
@@ -220,7 +221,8 @@ START = """
 import sys
 from polyprompt.recipe import check
 from polyprompt.tasks.records import GeneratedSource
-from polyprompt.tracking import DataInput, open_run
+from polyprompt.tracking import open_run
+from polyprompt.tracking_opening import DataInput
 
 data = [DataInput("x/y", "train", "aa", 7, GeneratedSource(lambda split: iter(()), "1"), "train")]
 sys.stdin.readline()

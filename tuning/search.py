@@ -34,7 +34,7 @@ from tuning.study import FILE, Study, Trial
 
 if TYPE_CHECKING:
     from polyprompt.plan import Load
-    from polyprompt.tracking import RunHandle
+    from polyprompt.tracking_opening import RunHandle
     from tuning.board import Board
     from tuning.capacity import Capacity
     from tuning.execution import Stoppable

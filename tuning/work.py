@@ -21,7 +21,7 @@ from polyprompt.errors import (
     TrackingError,
     TrainingError,
 )
-from polyprompt.tracking import RunHandle
+from polyprompt.tracking_opening import RunHandle
 from tuning.spaces import Params
 from tuning.study import Change
 from tuning.trial import Ended, Trials, Values, metrics, newest_state, scores

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from polyprompt.loop import Scores, TrainState
-from polyprompt.tracking import RunHandle, tolerant
+from polyprompt.tracking import tolerant
+from polyprompt.tracking_opening import RunHandle
 from polyprompt.tracking_store import MAX_DIGEST_CHARACTERS, MAX_METRICS_A_BATCH, client_of, now_ms, slug
 
 BUNDLE, KEPT_AS = "polyprompt.bundle", "polyprompt.kept_as"
@@ -44,8 +45,8 @@ def log(
 ) -> bool:
     """Make a LoggedModel of each checkpoint; return whether the store took them all. A store that is gone only warns.
 
-    params: of all of them. digests: task → that of its validation data as the run names it (tracking.DataInput). Those
-    that the run has already are left as they are.
+    params: of all of them. digests: task → that of its validation data as the run names it (DataInput). Those that the run
+    has already are left as they are.
     """
 
     def send() -> None:

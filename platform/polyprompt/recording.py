@@ -12,12 +12,13 @@ from polyprompt.plan import Plan
 from polyprompt.result import RunResult
 from polyprompt.run_folder import RunFolder
 from polyprompt.text_store import TextSplit
+from polyprompt.tracking_opening import DataInput, RunHandle
 from polyprompt.worker import Outcome
 
 
 def open_tracking(
     config: RunConfig, checked: Plan, run_id: str, commit: str, tags: Mapping[str, str]
-) -> tracking.RunHandle | None:
+) -> RunHandle | None:
     """Open the run in the tracking store, or that of run_id again. None where tracking is off."""
     if not config.tracking.enabled:
         return None
@@ -32,7 +33,7 @@ def open_tracking(
             **tags,
         },
         datasets=[
-            tracking.DataInput(
+            DataInput(
                 name=task.task.name,
                 context="train" if split is task.train else "validation",
                 digest=_digest(task, split),
@@ -54,7 +55,7 @@ def _digest(task: AnyData, split: Split | TextSplit) -> str:
 
 
 def result_of(
-    config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: tracking.RunHandle | None
+    config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: RunHandle | None
 ) -> RunResult:
     """Put together what the run says about itself."""
     state = outcome.state
@@ -91,9 +92,7 @@ def result_of(
     )
 
 
-def log_checkpoints(
-    config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: tracking.RunHandle
-) -> None:
+def log_checkpoints(config: RunConfig, place: RunFolder, checked: Plan, outcome: Outcome, handle: RunHandle) -> None:
     """Make a LoggedModel of each kept checkpoint, its scores tied to the data."""
     logged_models.log(
         handle,
@@ -119,7 +118,7 @@ def register(config: RunConfig, place: RunFolder, say: Callable[[str], None]) ->
         say(f"{version.uri} is the candidate: models:/{version.name}@{registry.CANDIDATE}")
 
 
-def leave(result: RunResult, place: RunFolder, handle: tracking.RunHandle | None) -> None:
+def leave(result: RunResult, place: RunFolder, handle: RunHandle | None) -> None:
     """Write what a person looks at, in the output folder and in MLflow; result.json last, for it means finished."""
     files = [place.out / "config.yaml", place.out / "per_task.csv", *report.plots(result, place.out)]
     report.per_task_csv(result, place.out / "per_task.csv")

@@ -15,7 +15,7 @@ from polyprompt.config import TrackingConfig
 from polyprompt.errors import PolypromptError, TrackingError
 from polyprompt.result import RunResult
 from polyprompt.run_folder import RESULT
-from polyprompt.tracking import RunHandle
+from polyprompt.tracking_opening import RunHandle, create_or_reopen
 from polyprompt.tracking_store import MAX_KEY_CHARACTERS, MAX_TAG_CHARACTERS
 
 LOGGER = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def open_study(config: TrackingConfig, study: Study) -> RunHandle:
         "polyprompt.seed": str(study.seed),
     }
     tags = {key: value[:MAX_TAG_CHARACTERS] for key, value in tags.items()}
-    return tracking.create_or_reopen(uri, experiment, study.parent_run_id or None, study.name, tags, {}, ())
+    return create_or_reopen(uri, experiment, study.parent_run_id or None, study.name, tags, {}, ())
 
 
 def child_tags(parent: RunHandle, *, trial: int, seed: int) -> dict[str, str]:

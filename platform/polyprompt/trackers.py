@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from polyprompt.result import write_whole
 from polyprompt.section import mask
-from polyprompt.tracking import Points, Row, RunHandle, json_number, read_rows, system_monitor
+from polyprompt.tracking import Points, Row, json_number, read_rows, system_monitor
+from polyprompt.tracking_opening import RunHandle
 from polyprompt.tracking_store import MAX_METRICS_A_BATCH, now_ms, patience, reason, slug
 
 LOGGER = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from polyprompt.result import write_whole
 from polyprompt.run_folder import BUNDLES, RUN
 from polyprompt.stopping import STOP
 from polyprompt.trackers import JsonlTracker, MlflowTracker, SystemMetrics, Tracker, Trackers
-from polyprompt.tracking import RunHandle
+from polyprompt.tracking_opening import RunHandle
 from polyprompt.workers import Workers
 
 PROGRESS, METRICS, LOG = "progress.json", "metrics.jsonl", "run.log"
