@@ -45,8 +45,8 @@ def log(
 ) -> bool:
     """Make a LoggedModel of each checkpoint; return whether the store took them all. A store that is gone only warns.
 
-    params: of all of them. digests: task → that of its validation data as the run names it (DataInput). Those that the run
-    has already are left as they are.
+    params: of all of them. digests: task → that of its validation data as the run names it (DataInput). Those that
+    the run has already are left as they are.
     """
 
     def send() -> None:
