@@ -1,6 +1,7 @@
 """Several trials on one backbone: beside each other in a pack, or one after another."""
 
 import threading
+import time
 from dataclasses import replace
 
 from benchmarks.cases import Case
@@ -40,6 +41,9 @@ class Trials:
         try:
             if self.packed:
                 with self.pack.seat() as seat:
+                    # A seat is there before its turn is. Who began earlier would be steps ahead of the others.
+                    while len(self.pack.seats) < len(self.subjects):
+                        time.sleep(0.01)
                     self._fit(number, seat)
             else:
                 self.batons[number].acquire()
