@@ -63,6 +63,9 @@ def _work(case: Case, setting: Setting, meter: Meter) -> None:
         loops.evaluation(case, subject, meter)
         return
     meter.facts |= facts(case, subject, setting.device)
+    if case.compiled:
+        assert subject.model is not None
+        subject.model.backbone.compile_blocks()
     gc.collect()
     if case.kind != "train":
         loops.inference(case, subject, meter)

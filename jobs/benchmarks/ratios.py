@@ -49,6 +49,11 @@ def groups(quick: bool = False) -> list[Group]:
         _group("platform cost, small steps", _cost("embedded", SMOP, "ours", rows=32, shards=4, batches=2), turns=7),
         _group("utilisation fp32", _utilisation("fp32"), turns=3),
         _group("utilisation bf16", _utilisation("bf16"), turns=3),
+        *(
+            _group(f"torch.compile, {label}, {precision}", _compiled(method, precision), turns=3)
+            for label, method in (("HyperPrompt", HYPERPROMPT), ("SMoP", SMOP))
+            for precision in ("fp32", "bf16")
+        ),
         _group("SMoP and PEFT prompt tuning", _smop_and_peft(), turns=2),
         _group("HyperPrompt and plain tuning", _hyperprompt_and_full(), turns=4),
         _group("HyperPrompt folded", _folded(), turns=7),
@@ -79,6 +84,11 @@ def _utilisation(precision: Any) -> list[Case]:
         Case(name="SMoP", loop="fit", method=SMOP, precision=precision),
         Case(name="gemm", kind="gemm", precision=precision),
     ]
+
+
+def _compiled(method: dict[str, Any], precision: Any) -> list[Case]:
+    common: dict[str, Any] = {"loop": "fit", "method": method, "rows": 4, "precision": precision}
+    return [Case(name="compiled", compiled=True, **common), Case(name="as it is", **common)]
 
 
 def _smop_and_peft() -> list[Case]:

@@ -1,7 +1,7 @@
 """Adapters: hooks behind the attention and the feed-forward of every layer, which apply what a row's Prompts hold.
 
 Prompts travel as the keyword `prompts` of the model's own forward as far as a layer's self-attention; its feed-forward
-gets no keywords. So the attention leaves them in a context variable for the feed-forward of its own layer, which
+gets no keywords. So the attention leaves them in a variable of the thread for the feed-forward of its own layer, which
 runs behind it in the same thread, whether forward or when gradient checkpointing computes the layer anew. Nothing is
 stored on a module.
 
@@ -9,8 +9,8 @@ Letters: B rows of a batch, T tokens, H hidden size, R bottleneck.
 """
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from functools import partial
+from threading import local
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,16 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": relu,
     "swish": silu,
 }
-_prompts: ContextVar[Prompts | None] = ContextVar("prompts of the layer that runs", default=None)
+
+
+class _Layer(local):
+    """The layer that runs in this thread."""
+
+    prompts: Prompts | None = None
+
+
+#: Not a ContextVar, whose access no graph of torch.compile can hold.
+_layer = _Layer()
 
 
 def tag(stack: str, layer: int, attention: nn.Module, feed_forward: nn.Module) -> None:
@@ -37,16 +46,16 @@ def tag(stack: str, layer: int, attention: nn.Module, feed_forward: nn.Module) -
 
 
 def _enter(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    _prompts.set(kwargs.get("prompts"))
+    _layer.prompts = kwargs.get("prompts")
 
 
 def _leave(module: nn.Module, args: tuple, output: Tensor) -> None:
-    _prompts.set(None)
+    _layer.prompts = None
 
 
 def _adapt(stack: str, layer: int, place: Place, module: nn.Module, args: tuple, output: Any) -> Any:
     """A forward hook: None leaves the output as it is."""
-    prompts = _prompts.get()
+    prompts = _layer.prompts
     adapters = None if prompts is None else prompts.adapters.get(stack)
     if adapters is None or place not in adapters.places:
         return None

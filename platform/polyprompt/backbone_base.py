@@ -65,6 +65,14 @@ class Backbone(nn.Module, ABC):
     def blocks(self) -> list[Any]:
         """Return the layers, of all stacks in the order in which they run."""
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile translate each layer when it first runs, for blocks of any size.
+
+        Each has code of its own: it knows its number, which its prompts are found by.
+        """
+        for block in self.blocks():
+            block.compile(dynamic=True, isolate_recompiles=True)
+
     @abstractmethod
     def reserved_tokens(self, max_target_tokens: int) -> int:
         """Return how much of `max_input_tokens` neither prompt nor input can have."""

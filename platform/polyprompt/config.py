@@ -245,6 +245,11 @@ class RunConfig(Section):
                 "compute.strategy=fsdp needs a number for evaluate.batch_size: what a row takes is found on a copy "
                 "without data, which a model that is cut up has not. Set evaluate.batch_size"
             )
+        if compute.compile:
+            raise ValueError(
+                "compute.compile=true with compute.strategy=fsdp is not supported: layers are compiled with whole "
+                "weights. Use one of the two"
+            )
         if self.init is not None:
             raise ValueError(
                 "compute.strategy=fsdp cannot train parts of parameters, which init.from does. Use compute.strategy=ddp"

@@ -35,8 +35,13 @@ def as_elsewhere(around: _Around) -> Iterator[None]:
         _ELSEWHERE.reset(token)
 
 
+def _elsewhere() -> _Around | None:
+    # No graph of torch.compile can hold a ContextVar's access, and what is compiled runs where it is.
+    return None if torch.compiler.is_compiling() else _ELSEWHERE.get()
+
+
 def _here(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _ELSEWHERE.get() is None
+    return x.device.type == "cpu" and _elsewhere() is None
 
 
 def drop(x: Tensor, p: float) -> Tensor:
@@ -86,7 +91,7 @@ def trained_on_cpu(wrapped: Callable) -> Callable:
         trained_bias = position_bias is not None and position_bias.requires_grad
         if not _here(query_BNQD) or not (dropout > 0 or trained_bias):
             given = {} if position_bias is None else {"position_bias": position_bias}
-            with (_ELSEWHERE.get() or nullcontext)():
+            with (_elsewhere() or nullcontext)():
                 return wrapped(
                     module, query_BNQD, key_BNXD, value_BNXD, mask,
                     dropout=dropout, scaling=scaling, is_causal=is_causal, **given, **kwargs,
