@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from polyprompt import checkpoint, loop
+from polyprompt import checkpoint, loop, router_health
 from polyprompt.batches import Batches
 from polyprompt.errors import TrainingError
 from polyprompt.loop import TrainState
+from polyprompt.methods.made import MadeByTask
 from polyprompt.optim import Optim
 from polyprompt.plan import build
 from polyprompt.recipe import check
@@ -158,6 +159,46 @@ def test_rows_of_unlike_length_weigh_the_same_where_the_loss_is_a_mean_over_exam
     wanted = [p.grad for p in model.parameters() if p.grad is not None]
     torch.testing.assert_close(gradients["example"], wanted, atol=1e-6, rtol=1e-4)
     assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(gradients["token"], wanted, strict=True))
+
+
+NETWORKS = {
+    "hyperprompt": {},
+    "routed_hyperprompt": {},
+    "hyperformer": {},
+    "prefix_tuning": {"reparameterisation": "mlp"},
+    "p_tuning": {},
+}
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_networks_of_tasks_run_once_a_step(small_run: Table, method: str) -> None:
+    """For three shards of two micro-batches; the gradients are those of the passes apart, but for rounding."""
+    small_run["method"] = {"name": method, **NETWORKS[method]}
+    small_run["backbone"]["dropout"] = 0.0
+    small_run["train"] |= {"num_shards": 3, "gradient_accumulation_steps": 2}
+    config = check(small_run)
+    model, data = build(config)
+    assert isinstance(model.method, MadeByTask)
+    made, make = [], model.method.make
+    model.method.make = lambda task_U: made.append(task_U.tolist()) or make(task_U)  # type: ignore[method-assign,func-returns-value]
+    batch = Batches(data, config, model.backbone.tokenizer.pad_token_id, range(3))[1]
+    workers = Workers(3, "exact")
+    columns = 3 + router_health.num_columns(model.method.num_routes)
+    module = workers.start(model, columns * len(config.tasks))
+    model.train()
+    loop._gradients(module, batch, len(config.tasks), config, workers)
+    assert made == [model.method.known(torch.tensor(sorted(batch.task_rows))).unique().tolist()]
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for shard in batch.shards:
+        torch.manual_seed(shard.seed)
+        for micro in shard.micro_batches:
+            loss = model(micro.input_ids_BT, micro.mask_BT, micro.labels_BS, micro.task_B)
+            ((loss.total / batch.num_target_tokens) + loss.penalty_B.sum() / batch.num_rows).backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any(name.startswith("method.") and gradient.any() for name, gradient in wanted.items())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_the_curve_falls(small_run: Table, tmp_path: Path) -> None:

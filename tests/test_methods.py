@@ -32,7 +32,7 @@ from polyprompt.config import (
 )
 from polyprompt.errors import ConfigError
 from polyprompt.methods.attempt import Attempt
-from polyprompt.methods.base import Dims, KeyValues, Prompts, StackDims
+from polyprompt.methods.base import Dims, KeyValues, MadeOnce, Prompts, StackDims
 from polyprompt.methods.hyperprompt import StackPrompts
 from polyprompt.methods.made import MadeByTask
 from polyprompt.methods.routed_hyperprompt import RoutedHyperPrompt
@@ -687,14 +687,16 @@ def test_micro_batches_share_what_is_made_of_their_tasks(name: str, precision: s
         torch.manual_seed(0)
         losses, autocast = [], torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         with ExitStack() as held:
+            made = MadeOnce()
             if task_B is not None:
                 with autocast:
-                    held.enter_context(model.made_once(task_B))
+                    made = held.enter_context(model.made_once(task_B))
             for micro in micro_batches:
                 with autocast:
                     loss = model(*micro)
                 (loss.total + loss.penalty_B.sum()).backward()
                 losses.append(loss.nll_B.detach())
+        made.backward()
         return torch.cat(losses), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
     plain, gradients = run(strong(name, train=True).train(), None)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from polyprompt import diagnosis, router_health
-from polyprompt.batches import Batches, GlobalBatch, Shard
+from polyprompt.batches import Batches, GlobalBatch
 from polyprompt.collation import Batch
 from polyprompt.config import RunConfig
 from polyprompt.errors import NotFiniteError
+from polyprompt.methods.base import MadeOnce
 from polyprompt.model import Loss, PromptedModel
 from polyprompt.optim import Optim
 from polyprompt.precision import autocast
@@ -176,11 +177,16 @@ def _gradients(
     workers: Workers,
     together: Together | None = None,
 ) -> Tensor:
-    """Compute this process's shards; return the global totals (see `_totals`)."""
-    for number, shard in enumerate(batch.shards):
-        torch.manual_seed(shard.seed)  # dropout and router noise belong to the shard, not to the process
-        totals: Tensor | None = None
-        with _made_once(module, shard, config) if workers.exact else nullcontext():
+    """Compute this process's shards; return the global totals (see `_totals`).
+
+    Networks that make something of the task alone run forwards before the shards, on each process, and backwards
+    behind the sum over all processes, on one: a row's loss knows what they made, not who made it.
+    """
+    with _made_once(module, batch, config) if workers.exact else nullcontext(MadeOnce()) as made:
+        workers.begin(made.held)
+        for number, shard in enumerate(batch.shards):
+            torch.manual_seed(shard.seed)  # dropout and router noise belong to the shard, not to the process
+            totals: Tensor | None = None
             for piece, micro in enumerate(shard.micro_batches):
                 last = number == len(batch.shards) - 1 and piece == len(shard.micro_batches) - 1
                 with workers.accumulating(module, last):
@@ -192,27 +198,25 @@ def _gradients(
                         together.backward(objective)
                 part = _totals(loss, micro.task_B.to(loss.nll_B.device), num_tasks)
                 totals = part if totals is None else totals + part
-        assert totals is not None
-        workers.add_shard(totals)
-    return workers.finish()
+            assert totals is not None
+            workers.add_shard(totals)
+    summed = workers.finish()
+    if made.held:
+        workers.by_the_first(made.backward, list(module.method.parameters()))
+    return summed
 
 
 @contextmanager
-def _made_once(model: PromptedModel, shard: Shard, config: RunConfig) -> Iterator[None]:
-    """Let hypernetworks run once for all micro-batches of a shard.
+def _made_once(model: PromptedModel, batch: GlobalBatch, config: RunConfig) -> Iterator[MadeOnce]:
+    """Let networks run once a step for all tasks of the global batch.
 
-    Not for all shards: each one's gradient is rounded by itself (workers.py), wherever it is computed. Not under DDP
-    and FSDP, which take parameters' gradients as they come in the last backward pass.
+    Not under DDP and FSDP, which take parameters' gradients as they come in the last backward pass.
     """
-    if len(shard.micro_batches) == 1:
-        yield
-        return
     device = next(model.parameters()).device
-    task_B = torch.cat([micro.task_B for micro in shard.micro_batches]).to(device)
     with ExitStack() as held:
         with autocast(config.train.precision, device.type):
-            held.enter_context(model.made_once(task_B))
-        yield
+            made = held.enter_context(model.made_once(torch.tensor(sorted(batch.task_rows), device=device)))
+        yield made
 
 
 def _forward(

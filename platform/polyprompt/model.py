@@ -17,7 +17,7 @@ from polyprompt.backbone_base import Backbone, Encoded, begins
 from polyprompt.collation import IGNORED, padded
 from polyprompt.config import RunConfig
 from polyprompt.errors import BundleError, ConfigError
-from polyprompt.methods.base import Method, ParameterGroup, Prompts
+from polyprompt.methods.base import MadeOnce, Method, ParameterGroup, Prompts
 from polyprompt.sampling import Likelihoods, Sampling
 from polyprompt.tasks.records import TextTask
 
@@ -275,8 +275,8 @@ class PromptedModel(nn.Module):
         x_BTH = self.backbone.embed(input_ids_BT)
         return x_BTH, self.method.prompts(x_BTH, mask_BT, task_B + self.first_task)
 
-    def made_once(self, task_B: Tensor) -> AbstractContextManager[None]:
-        """Around passes of rows of these tasks whose gradients are added up; see Method.made_once."""
+    def made_once(self, task_B: Tensor) -> AbstractContextManager[MadeOnce]:
+        """Around passes of rows of these tasks; see Method.made_once."""
         return self.method.made_once(task_B + self.first_task)
 
     def _encode(self, input_ids_BT: Tensor, mask_BT: Tensor, task_B: Tensor) -> tuple[Encoded, Prompts]:

@@ -54,6 +54,9 @@ class Workers:
         #: Are a shard's gradients there when its own passes are done, and not reduced while they run?
         self.exact = summing == "exact"
         self._parameters: list[nn.Parameter] = []
+        self._summed: list[Tensor] = []
+        #: For the sums of a step. Zeros between steps.
+        self._room: Tensor | None = None
         self._wants_to_stop = wants_to_stop
         self._watch: Watch | None = None
         #: Did any process want to stop when the last step was finished? The same on all of them.
@@ -75,9 +78,19 @@ class Workers:
             with self.meeting():
                 for parameter in self._parameters:
                     dist.broadcast(parameter.detach(), src=0)
-        size = sum(p.numel() for p in self._parameters)
-        self._buffer = torch.zeros(size + num_totals + 1, dtype=torch.float64, device=device)
+        self.begin()
         return model
+
+    def begin(self, made: Sequence[Tensor] = ()) -> None:
+        """Before the shards of a step. made: tensors between parameters and losses, of equal sizes on all processes,
+        whose gradients are summed as the parameters' are."""
+        if not self.exact:
+            return
+        self._summed = [*self._parameters, *(tensor for tensor in made if tensor.requires_grad)]
+        size = sum(tensor.numel() for tensor in self._summed) + len(self._totals)
+        if self._room is None or len(self._room) < size:
+            self._room = torch.zeros(size, dtype=torch.float64, device=self._totals.device)
+        self._buffer = self._room[:size]
 
     @property
     def loss_scale(self) -> float:
@@ -96,15 +109,16 @@ class Workers:
             self._totals[:-1] += totals
             return
         offset = 0
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                _add(self._buffer[offset : offset + parameter.numel()], parameter.grad.reshape(-1))
-                parameter.grad = None
-            offset += parameter.numel()
+        for tensor in self._summed:
+            if tensor.grad is not None:
+                _add(self._buffer[offset : offset + tensor.numel()], tensor.grad.reshape(-1))
+                tensor.grad = None
+            offset += tensor.numel()
         self._buffer[offset:-1] += totals
 
     def finish(self) -> Tensor:
-        """Sum over processes; every parameter's gradient is then the global batch's. Returns the summed totals."""
+        """Sum over processes; every parameter's gradient is then the global batch's, and so is that of what `begin`
+        was given. Returns the summed totals."""
         summed = self._buffer if self.exact else self._totals
         # The wish to stop travels with the sums: asking for it apart would cost a round a step.
         summed[-1] = float(self._wants_to_stop())
@@ -117,13 +131,24 @@ class Workers:
             summed.zero_()
             return totals
         offset = 0
-        for parameter in self._parameters:
-            end = offset + parameter.numel()
-            parameter.grad = summed[offset:end].to(parameter.dtype).view_as(parameter)
+        for tensor in self._summed:
+            end = offset + tensor.numel()
+            tensor.grad = summed[offset:end].to(tensor.dtype).view_as(tensor)
             offset = end
         totals = summed[offset:-1].clone()
         summed.zero_()
         return totals
+
+    def by_the_first(self, work: Callable[[], None], parameters: Sequence[nn.Parameter]) -> None:
+        """Let the first process do what adds to these parameters' gradients, and take over what it has. Processors
+        differ in the last bits: done on each, it would let their weights drift apart."""
+        if self.first:
+            work()
+        if self.num > 1:
+            with self.meeting():
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        dist.broadcast(parameter.grad, src=0)
 
     def mine(self, pieces: Sequence[Any]) -> Sequence[Any]:
         """This process's part of a list that all processes hold."""

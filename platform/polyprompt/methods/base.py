@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from polyprompt.method_configs import Activation, ParameterGroup
@@ -135,6 +136,24 @@ class Part:
     own_random: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+@dataclass(frozen=True)
+class MadeOnce:
+    """What networks made of tasks, for several passes.
+
+    made: where the networks' backward pass begins. held: what the passes use in its place. It collects their gradients,
+    in fp32 whatever the precision.
+    """
+
+    made: Sequence[Tensor] = ()
+    held: Sequence[Tensor] = ()
+
+    def backward(self) -> None:
+        """Run the networks' backward pass, from the gradients that were collected."""
+        used = [pair for pair in zip(self.made, self.held, strict=True) if pair[1].grad is not None]
+        if used:
+            torch.autograd.backward([made for made, _ in used], [held.grad for _, held in used])
+
+
 class Method(nn.Module, ABC):
     """A way to condition one model on many tasks. Holds the method's own parameters and nothing of the backbone."""
 
@@ -181,10 +200,10 @@ class Method(nn.Module, ABC):
     def leave(self, model: Any) -> None:
         """Work what `join` put there into the model's own weights, and take it out again."""
 
-    def made_once(self, task_B: Tensor) -> AbstractContextManager[None]:
-        """Around passes of rows of these tasks whose gradients are added up: networks that make something of the task
-        alone run once (made.py)."""
-        return nullcontext()
+    def made_once(self, task_B: Tensor) -> AbstractContextManager[MadeOnce]:
+        """Around passes of rows of these tasks: networks that make something of the task alone run now and not within
+        (made.py). Their gradients are there when `MadeOnce.backward` has run, behind all passes."""
+        return nullcontext(MadeOnce())
 
     def module_multiply_adds(self) -> Mapping[str, int]:
         """Return the multiply-adds that `join` added to modules of the backbone, by name, for each token they read."""

@@ -1,4 +1,4 @@
-"""Prompts that follow from the task alone: made once for all rows of a task, and for all micro-batches of a shard."""
+"""Prompts that follow from the task alone: made once for all rows of a task, and for all passes of a step."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from polyprompt.methods.base import Method
+from polyprompt.methods.base import MadeOnce, Method
 
 
 class MadeByTask(Method):
@@ -33,19 +33,12 @@ class MadeByTask(Method):
         return made, torch.searchsorted(task_U, known_B)
 
     @contextmanager
-    def made_once(self, task_B: Tensor) -> Iterator[None]:
-        """Inside, `made` makes nothing anew: the networks run now, and their backward pass at the end, once for all.
-
-        task_B: of all rows to come. What was made collects its gradient in fp32, whatever the precision.
-        """
+    def made_once(self, task_B: Tensor) -> Iterator[MadeOnce]:
         task_U = self.known(task_B).unique()
         made = self.make(task_U)
         held = {name: tensor.detach().float().requires_grad_(tensor.requires_grad) for name, tensor in made.items()}
         self._held = task_U, held
         try:
-            yield
+            yield MadeOnce(tuple(made.values()), tuple(held.values()))
         finally:
             self._held = None
-        used = [name for name, tensor in held.items() if tensor.grad is not None]
-        if used:
-            torch.autograd.backward([made[name] for name in used], [held[name].grad for name in used])
