@@ -104,7 +104,7 @@ def measured(config: RunConfig, model: PromptedModel) -> int:
     )  # fmt: skip
     passes = (micro,) * config.train.gradient_accumulation_steps
     shards = tuple(Shard(i, i, passes, ()) for i in workers.shards)
-    batch = GlobalBatch(1, shards, {}, config.train.batch_size, 1, config.train.batch_size * TARGETS, "")
+    batch = GlobalBatch(1, shards, dict.fromkeys(range(TASKS), 1), config.train.batch_size, 1, config.train.batch_size * TARGETS, "")
     module = workers.start(model, num_totals=TASKS * (3 + num_columns(model.method.num_routes)))
     model.train()
     _gradients(module, batch, TASKS, config, workers)
@@ -232,10 +232,10 @@ def test_a_backbone_without_weights_is_planned_by_its_shapes(
     table = {**small_run, "backbone": {"name": str(bare)}, "train": {**small_run["train"], "num_shards": 4}}
     with pytest.raises(ConfigError, match="cannot be loaded"):
         plan(check(table))
-    with_weights = rehearse(check({**table, "backbone": {"name": str(tiny_t5)}}))
+    compute = {"num_workers": 2, "gradient_sum": "ddp"}
+    with_weights = rehearse(check({**table, "backbone": {"name": str(tiny_t5)}, "compute": compute}))
     ddp, fsdp = (
-        rehearse(check({**table, "compute": {"num_workers": 2, "strategy": strategy, "gradient_sum": "ddp"}}))
-        for strategy in ("ddp", "fsdp")
+        rehearse(check({**table, "compute": {**compute, "strategy": strategy}})) for strategy in ("ddp", "fsdp")
     )
     assert with_weights.without_weights is None
     assert ddp.without_weights == f"there are none in {bare}"

@@ -10,7 +10,7 @@ Letters: B rows, T input tokens, S target tokens.
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -27,6 +27,7 @@ from polyprompt import sharding
 from polyprompt.config import RunConfig
 from polyprompt.cpu_training import as_elsewhere
 from polyprompt.data import AnyData, TaskData
+from polyprompt.methods.base import MadeOnce
 from polyprompt.model import PromptedModel
 from polyprompt.precision import autocast
 
@@ -65,12 +66,12 @@ def estimate(config: RunConfig, model: PromptedModel, data: Sequence[AnyData]) -
     weights, gradients = sum(map(size, model.parameters())), sum(map(size, trained))
     states = (lambda p: 2 * size(p)) if config.train.optimizer == "adamw" else _adafactor_bytes
     parts = {"weights": weights, "gradients": gradients, "optimizer": sum(map(states, trained))}
-    if compute.summing == "exact":
-        parts["gradient sum"] = 8 * sum(p.numel() for p in trained)
-    standing = sum(parts.values()) - gradients
     gathered = _gathered(config, model) if sharded else 0
     # Reduced gradients of fsdp are counted apart: what a pass makes of them is whole for one block at a time.
     step = _Step(config, model, data, keeps_gradients=not sharded and _keeps_gradients(config))
+    if compute.summing == "exact":
+        parts["gradient sum"] = 8 * (sum(p.numel() for p in trained) + step.num_made)
+    standing = sum(parts.values()) - gradients
     at_once = [standing + gathered + (gradients + step.activations if sharded else step.most), standing + gradients]
     at_once[1] += _largest_update(config, trained) // (num_workers if sharded else 1)
     if sharded:
@@ -166,7 +167,8 @@ def _gathered(config: RunConfig, model: PromptedModel) -> int:
 
 class _Step:
     """A forward and backward pass without data. most: bytes at once beside what stands before it. activations: of
-    these, what are not gradients of parameters, at their own most."""
+    these, what are not gradients of parameters, at their own most. num_made: numbers that networks make of the tasks,
+    whose gradients are summed as parameters' are."""
 
     def __init__(
         self, config: RunConfig, model: PromptedModel, data: Sequence[AnyData], *, keeps_gradients: bool
@@ -189,12 +191,20 @@ class _Step:
                 else:
                     parameter.register_post_accumulate_grad_hook(tally.take_gradient)
             ids_BT, labels_BS = torch.ones(rows, length).long(), torch.ones(rows, targets).long()
-            # Around the backward pass too, in which checkpointing runs layers anew.
-            with as_elsewhere(_EfficientAttention) if config.compute.use_gpu else nullcontext():
+            task_B = torch.zeros(rows).long()
+            with ExitStack() as around:
+                # Around the backward pass too, in which checkpointing runs layers anew.
+                if config.compute.use_gpu:
+                    around.enter_context(as_elsewhere(_EfficientAttention))
+                made = MadeOnce()
                 with autocast(config.train.precision, "cpu"):
-                    loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
+                    if config.compute.summing == "exact":
+                        made = around.enter_context(fake.made_once(torch.arange(len(data))))
+                    loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, task_B)
                 (loss.total + loss.penalty_B.sum()).backward()
+            made.backward()
         self.most, self.activations = tally.most, tally.most_activations
+        self.num_made = sum(held.numel() for held in made.held if held.requires_grad)
 
 
 class _EfficientAttention(TorchFunctionMode):
