@@ -104,7 +104,9 @@ def measured(config: RunConfig, model: PromptedModel) -> int:
     )  # fmt: skip
     passes = (micro,) * config.train.gradient_accumulation_steps
     shards = tuple(Shard(i, i, passes, ()) for i in workers.shards)
-    batch = GlobalBatch(1, shards, dict.fromkeys(range(TASKS), 1), config.train.batch_size, 1, config.train.batch_size * TARGETS, "")
+    batch = GlobalBatch(
+        1, shards, dict.fromkeys(range(TASKS), 1), config.train.batch_size, 1, config.train.batch_size * TARGETS, ""
+    )
     module = workers.start(model, num_totals=TASKS * (3 + num_columns(model.method.num_routes)))
     model.train()
     _gradients(module, batch, TASKS, config, workers)
