@@ -1,4 +1,4 @@
-"""compute.compile: layers as torch.compile makes them, in training alone."""
+"""backbone.compile: layers as torch.compile makes them, in training alone."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ def test_the_curve_and_the_scores_are_as_without(small_run: dict[str, Any], tmp_
     plain = trained(small_run, tmp_path / "plain")
     torch._dynamo.reset()
     counters.clear()
-    found = trained(small_run | {"compute": {"compile": True}}, tmp_path / "compiled")
+    small_run["backbone"] |= {"compile": True}
+    found = trained(small_run, tmp_path / "compiled")
     assert not counters["graph_break"]
     # Two stacks of two layers, each with padding in the block and without.
     assert 4 <= counters["stats"]["unique_graphs"] <= 8
@@ -38,11 +39,12 @@ def test_the_curve_and_the_scores_are_as_without(small_run: dict[str, Any], tmp_
 
 
 def test_it_is_refused_where_it_cannot_be(small_run: dict[str, Any]) -> None:
-    both = {"compute": {"compile": True, "strategy": "fsdp", "num_workers": 2}}
-    with pytest.raises(ConfigError, match=r"compute\.compile=true with compute\.strategy=fsdp .* Use one of the two"):
+    small_run["backbone"] |= {"compile": True}
+    both = {"compute": {"strategy": "fsdp", "num_workers": 2}}
+    with pytest.raises(ConfigError, match=r"backbone\.compile=true with compute\.strategy=fsdp .* Use one of the two"):
         check(small_run | both)
-    frozen = {"method": {"name": "smop"}, "compute": {"compile": True}}
-    with pytest.raises(ConfigError, match=r"Set compute\.compile=false"):
+    frozen = {"method": {"name": "smop"}}
+    with pytest.raises(ConfigError, match=r"Set backbone\.compile=false"):
         packable.check(check(small_run | frozen))
 
 
@@ -50,5 +52,6 @@ def test_a_missing_compiler_is_named_before_any_training(
     small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"compute\.compile=true needs a C\+\+ compiler, and no-such-compiler is not"):
-        trained(small_run | {"compute": {"compile": True}}, tmp_path / "run")
+    small_run["backbone"] |= {"compile": True}
+    with pytest.raises(ConfigError, match=r"backbone\.compile=true needs a C\+\+ compiler, and no-such-compiler is not"):
+        trained(small_run, tmp_path / "run")

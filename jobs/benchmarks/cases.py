@@ -53,7 +53,7 @@ class Case(Section):
     #: Prompts computed once and for all, as they are served.
     folded: bool = False
     trials: PositiveInt = 1
-    #: By compute.compile; of loop=fit.
+    #: By backbone.compile; of loop=fit.
     compiled: bool = False
     #: Processes that share the global batch; of loop=fit.
     workers: PositiveInt = 1

@@ -27,9 +27,6 @@ class ComputeConfig(Section):
     #: on how workers share the shards; ddp: torch's DistributedDataParallel, which overlaps communication with the
     #: backward pass.
     gradient_sum: Literal["exact", "ddp"] = "exact"
-    #: Train layers as torch.compile makes them; docs/performance.md says what it gains (on CPUs little or nothing) and
-    #: how long the first steps take. Evaluations run as without. Dropout draws other numbers, sums round differently.
-    compile: bool = False
     #: Folder, visible to every worker, whose <run name>/bundles holds the bundles. None: the run's output folder.
     storage_path: AbsolutePath | None = None
     #: Times a run is restarted from its newest bundle after a worker, a node or Ray's controller died or hung.

@@ -245,9 +245,9 @@ class RunConfig(Section):
                 "compute.strategy=fsdp needs a number for evaluate.batch_size: what a row takes is found on a copy "
                 "without data, which a model that is cut up has not. Set evaluate.batch_size"
             )
-        if compute.compile:
+        if self.backbone.compile:
             raise ValueError(
-                "compute.compile=true with compute.strategy=fsdp is not supported: layers are compiled with whole "
+                "backbone.compile=true with compute.strategy=fsdp is not supported: layers are compiled with whole "
                 "weights. Use one of the two"
             )
         if self.init is not None:

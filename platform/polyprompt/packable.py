@@ -20,8 +20,8 @@ def check(config: RunConfig) -> None:
         mend = "it would compute the others' rows anew too. Set backbone.gradient_checkpointing=false"
     elif config.backbone.attention == "flex":
         mend = "its attention is computed part by part, which flex cannot. Set backbone.attention=sdpa"
-    elif config.compute.compile:
-        mend = "layers compiled for one run would be compiled anew for each set of runs. Set compute.compile=false"
+    elif config.backbone.compile:
+        mend = "layers compiled for one run would be compiled anew for each set of runs. Set backbone.compile=false"
     elif config.compute.num_workers:
         mend = (
             f"compute.num_workers={config.compute.num_workers} trains in processes of its own. Set "

@@ -231,7 +231,7 @@ def _train(job: Job, device: torch.device, workers: Workers, announce: Announce,
 def _start(job: Job, device: torch.device, workers: Workers, seat: Seat | None) -> Start:
     """Build everything and put it where the newest whole bundle says."""
     precision.warn_of_emulation(job.config.train.precision, device)
-    if job.config.compute.compile:
+    if job.config.backbone.compile:
         _check_compiler()
     bundle = checkpoint.newest(job.bundles)
     model, data = build(job.config, bundle, seat.pack.load if seat else job.load)
@@ -240,7 +240,7 @@ def _start(job: Job, device: torch.device, workers: Workers, seat: Seat | None) 
         sharding.shard(model, job.config.train.precision, device, workers.num)
     else:
         model.to(device)
-    if job.config.compute.compile:
+    if job.config.backbone.compile:
         model.backbone.compile_blocks()
     optim = Optim(job.config.train, model.named_groups(), model.undecayed())
     if bundle is None:
@@ -254,14 +254,14 @@ def _check_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(
-            f"compute.compile=true needs a C++ compiler, and {compiler} is not on {socket.gethostname()}. Install g++, "
-            "name another in the environment variable CXX, or set compute.compile=false"
+            f"backbone.compile=true needs a C++ compiler, and {compiler} is not on {socket.gethostname()}. Install g++, "
+            "name another in the environment variable CXX, or set backbone.compile=false"
         )
 
 
 def _evaluate(model: PromptedModel, data: Sequence[AnyData], config: RunConfig, workers: Workers) -> Scores:
     # What is compiled is compiled for training; caches that grow would ask for code of their own.
-    eager = torch.compiler.set_stance("force_eager") if config.compute.compile else nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if config.backbone.compile else nullcontext()
     # Under FSDP workers have different numbers of batches, and answers of different lengths.
     with eager, sharding.whole(model):
         return evaluate(model, data, config, workers)
