@@ -20,6 +20,8 @@ _LENGTH = 4
 #: Prefixes need heads of N·D = 12 in two layers, which PEFT would take from the hidden size and the encoder.
 _SHAPE = {"token_dim": 12, "num_attention_heads": 3, "num_layers": 2}
 _PROMPT = {"num_virtual_tokens": _LENGTH}
+#: Adapters by task. A name of digits alone would do harm: `save_pretrained` strips it from names such as block.1 too.
+_NAMES = ("default", *(f"task{number}" for number in range(1, NUM_TASKS)))
 METHODS: dict[str, Callable[..., Any]] = {
     "prompt tuning": lambda **keys: peft.PromptTuningConfig(**{**_PROMPT, **keys}),
     "P-tuning": lambda **keys: peft.PromptEncoderConfig(**{**_PROMPT, "encoder_hidden_size": 7, **keys}),
@@ -71,10 +73,10 @@ class Peft:
         torch.manual_seed(seed)
         model = peft.get_peft_model(base, config)
         if self.method.startswith("LoRA"):
-            for number in range(1, NUM_TASKS) if self.by_row else ():
-                model.add_adapter(str(number), METHODS[self.method](task_type=task))
             if self.by_row:
-                model.base_model.set_adapter(["default", *map(str, range(1, NUM_TASKS))])
+                for name in _NAMES[1:]:
+                    model.add_adapter(name, METHODS[self.method](task_type=task))
+                model.base_model.set_adapter(list(_NAMES))
             if not empty:  # an update starts at zero
                 for name, weight in model.named_parameters():
                     if "lora_B" in name:
@@ -86,7 +88,7 @@ class Peft:
 
     def load(self, folder: Path) -> Model:
         model = peft.PeftModel.from_pretrained(tiny.plain(self.family), folder)
-        for name in map(str, range(1, NUM_TASKS)) if "adapter_names" in self.method else ():
+        for name in _NAMES[1:] if "adapter_names" in self.method else ():
             model.load_adapter(folder / name, name)
         return PeftModel(model, self)
 
@@ -102,7 +104,7 @@ class PeftModel(TextToText):
         if self.subject.method == "MPT":
             return {"task_ids": batch.task_B}
         if self.subject.by_row:
-            return {"adapter_names": ["default" if t == 0 else str(t) for t in batch.task_B.tolist()]}
+            return {"adapter_names": [_NAMES[task] for task in batch.task_B.tolist()]}
         return {}
 
     def attention(self, batch: Batch) -> dict[str, list[Tensor]]:
