@@ -254,8 +254,8 @@ def _check_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(
-            f"backbone.compile=true needs a C++ compiler, and {compiler} is not on {socket.gethostname()}. Install g++, "
-            "name another in the environment variable CXX, or set backbone.compile=false"
+            f"backbone.compile=true needs a C++ compiler, and {compiler} is not there on {socket.gethostname()}. "
+            "Install g++, name another in the environment variable CXX, or set backbone.compile=false"
         )
 
 
