@@ -137,8 +137,8 @@ def test_mixed_rows_are_answered_as_the_predictor_does(served: TestClient, train
     expected = Predictor(find_bundle(trained_run)).predict(ROWS)
     for found, wanted in zip(answer.json()["answers"], expected, strict=True):
         assert found["prediction"] == wanted.prediction
-        assert found["score"] == pytest.approx(wanted.score, abs=1e-5)
-        assert found["choice_scores"] == pytest.approx(dict(wanted.choice_scores), abs=1e-5)
+        assert found["score"] == pytest.approx(wanted.score, rel=1e-6, abs=1e-5)
+        assert found["choice_scores"] == pytest.approx(dict(wanted.choice_scores), rel=1e-6, abs=1e-5)
         assert (found["task"], found["model"], found["error"]) == (wanted.task, "larger", "")
 
 
@@ -284,7 +284,9 @@ def test_models_on_one_frozen_backbone_share_it(frozen_runs: list[Path]) -> None
     for predictor, folder in zip((first, second), frozen_runs, strict=True):
         rows = [{"task": name, "input": "nli premise: a hypothesis: b"} for name in predictor.task_names]
         alone = Predictor(find_bundle(folder)).predict(rows)
-        assert [answer.score for answer in predictor.predict(rows)] == pytest.approx([a.score for a in alone], abs=1e-5)
+        assert [answer.score for answer in predictor.predict(rows)] == pytest.approx(
+            [a.score for a in alone], rel=1e-6, abs=1e-5
+        )
 
 
 def test_a_trained_backbone_is_not_shared(trained_run: Path, tmp_path: Path) -> None:
