@@ -284,9 +284,7 @@ def test_models_on_one_frozen_backbone_share_it(frozen_runs: list[Path]) -> None
     for predictor, folder in zip((first, second), frozen_runs, strict=True):
         rows = [{"task": name, "input": "nli premise: a hypothesis: b"} for name in predictor.task_names]
         alone = Predictor(find_bundle(folder)).predict(rows)
-        assert [answer.score for answer in predictor.predict(rows)] == pytest.approx(
-            [a.score for a in alone], rel=1e-6, abs=1e-5
-        )
+        assert [answer.score for answer in predictor.predict(rows)] == pytest.approx([a.score for a in alone], abs=1e-5)
 
 
 def test_a_trained_backbone_is_not_shared(trained_run: Path, tmp_path: Path) -> None:

@@ -191,7 +191,6 @@ class _Step:
                 else:
                     parameter.register_post_accumulate_grad_hook(tally.take_gradient)
             ids_BT, labels_BS = torch.ones(rows, length).long(), torch.ones(rows, targets).long()
-            task_B = torch.zeros(rows).long()
             with ExitStack() as around:
                 # Around the backward pass too, in which checkpointing runs layers anew.
                 if config.compute.use_gpu:
@@ -200,7 +199,7 @@ class _Step:
                 with autocast(config.train.precision, "cpu"):
                     if config.compute.summing == "exact":
                         made = around.enter_context(fake.made_once(torch.arange(len(data))))
-                    loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, task_B)
+                    loss = fake(ids_BT, torch.ones_like(ids_BT), labels_BS, torch.zeros(rows).long())
                 (loss.total + loss.penalty_B.sum()).backward()
             made.backward()
         self.most, self.activations = tally.most, tally.most_activations
