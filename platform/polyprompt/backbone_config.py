@@ -30,8 +30,8 @@ class BackboneConfig(Section):
     #: flex: of T5's kind, on GPUs, in memory that grows with the length and not with its square (flex.py).
     attention: Literal["sdpa", "eager", "flex"] = "sdpa"
     gradient_checkpointing: bool = False
-    #: Train layers as torch.compile makes them. Slower on the CPU where it was measured (docs/performance.md); compiling
-    #: takes minutes. Evaluations run as without. Dropout draws other numbers, sums round differently.
+    #: Train layers as torch.compile makes them. Slower on the CPU where it was measured (docs/performance.md), and
+    #: compiling takes minutes. Evaluations run as without. Dropout draws other numbers, sums round differently.
     compile: bool = False
     trust_remote_code: bool = False
     #: Decoder-only models: the one token between input and target, as text. None: a newline.
