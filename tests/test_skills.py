@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "jobs"))
 
 import make_skills  # noqa: E402
+import pretrain  # noqa: E402
 from skills import book_text, leaks  # noqa: E402
 from skills.catalog import MAKERS  # noqa: E402
 from skills.frames import COMMON, PLAIN, Draft  # noqa: E402
@@ -269,14 +270,16 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(tmp_path: Path) ->
     script = tmp_path / "jobs" / "recipes" / "pretrain_embedded.sh"
     environment = {**os.environ, "PYTHON": r"printf %s\n"}
     said = subprocess.run([script], env=environment, capture_output=True, text=True, check=True).stdout
-    stages = [stage.splitlines() for stage in said.split("jobs/pretrain.py\n")[1:]]
+    counted, *stages = [stage.splitlines() for stage in said.split("jobs/pretrain.py\n")]
     assert len(stages) == 7
-    backbone = {"name": "embedded", "init": "random"}
+    assert counted[-4] == "jobs/make_embeddings.py"
+    backbone = {"name": counted[-1], "init": "pretrained"}
     for recipe_file, *overrides, option, out in stages:
         assert option == "--out"
         table = recipe.merge([recipe.read(tmp_path / recipe_file)], overrides)
         assert table["backbone"] == backbone
         assert table["mixture"].get("weights", {}).keys() <= {task["name"] for task in table["tasks"]}
+        pretrain.check(recipe.check(table))
         backbone = {"name": f"{out}/backbone", "init": "pretrained"}
 
 

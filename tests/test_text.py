@@ -32,7 +32,7 @@ def texts(config: Table) -> list[TextData]:
 
 
 def decoded(split: Any, tokenizer: Any) -> str:
-    return tokenizer.decode(np.asarray(split._tokens).tolist())
+    return tokenizer.decode(np.asarray(split.tokens).tolist())
 
 
 # -- reading

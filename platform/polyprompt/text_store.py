@@ -105,11 +105,12 @@ class TextSplit:
 
     def __len__(self) -> int:
         # The last window is not counted: a window that is shifted ends in the next one.
-        whole = max(0, len(self._tokens) // self.objective.window - 1)
+        whole = max(0, len(self.tokens) // self.objective.window - 1)
         return whole if self.limit is None else min(whole, self.limit)
 
     @cached_property
-    def _tokens(self) -> npt.NDArray[Any]:
+    def tokens(self) -> npt.NDArray[Any]:
+        """The whole text of the split, whatever the limit."""
         meta = token_store.read_meta(self.folder)
         if not meta["splits"][self.name]["num_tokens"]:
             return np.empty(0, dtype=meta["dtype"])
@@ -118,7 +119,7 @@ class TextSplit:
     @property
     def num_tokens(self) -> int:
         """Tokens of the text."""
-        return len(self._tokens)
+        return len(self.tokens)
 
     @cached_property
     def input_lengths(self) -> npt.NDArray[np.int32]:
@@ -168,7 +169,7 @@ class TextSplit:
         return sum(n * math.log(total / known[token]) for token, n in counts.items()) / counts.total()
 
     def _made(self, start: int, rng: np.random.Generator) -> TokenRow:
-        return self.objective.row(self._tokens[start : start + self.objective.window].astype(np.int64), rng)
+        return self.objective.row(self.tokens[start : start + self.objective.window].astype(np.int64), rng)
 
     def _shift(self, rng: np.random.Generator) -> int:
         return int(rng.integers(self.objective.window))

@@ -1,0 +1,81 @@
+"""Untrained weights whose embeddings come from counting a recipe's texts, to begin pre-training from.
+
+    python jobs/make_embeddings.py RECIPE.yaml [more.yaml …] [key.sub=value …] --out DIR
+
+The recipe is one of jobs/pretrain.py; its training texts are counted, its backbone's shape is filled as under
+backbone.init=random. Then `jobs/pretrain.py RECIPE.yaml backbone.init=pretrained backbone.name=DIR` trains from DIR.
+How and why: platform/polyprompt/cooccurrence.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+from polyprompt import command, recipe
+from polyprompt.config import RunConfig
+from polyprompt.errors import ConfigError
+from polyprompt.task_configs import TextTaskConfig
+
+EXAMPLE = "jobs/recipes/pretrain_embedded.yaml"
+
+
+def check(config: RunConfig, out: Path) -> None:
+    """Refuse a config without text or with trained weights, and a folder that holds something."""
+    if config.backbone.init != "random":
+        raise ConfigError(
+            "backbone.init=pretrained: embeddings from counts would replace trained ones, which the other weights need; "
+            "set backbone.init=random"
+        )
+    if not texts(config):
+        raise ConfigError(
+            "tasks: none of them is text to train on; add one such as {name: corpus/mine, text: {files: {train: "
+            "[mine.txt.gz]}}}"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out={out} is there already and not empty; name another folder, or delete it")
+
+
+def texts(config: RunConfig) -> list[TextTaskConfig]:
+    return [task for task in config.tasks if isinstance(task, TextTaskConfig) and task.is_trained]
+
+
+def make(config: RunConfig, out: Path) -> None:
+    """Count, and write a folder that `backbone.name` takes."""
+    from polyprompt import backbone as backbones
+    from polyprompt import cooccurrence
+    from polyprompt.data import TextData, prepare
+    from polyprompt.tasks import catalog
+
+    alone = config.model_copy(update={"tasks": texts(config)})
+    backbone = backbones.load(config.backbone, train=True, precision="fp32", seed=config.train.seed)
+    limit = config.data.max_input_tokens or backbone.max_input_tokens or 512
+    data = prepare(config, catalog.resolve(alone), backbone.tokenizer, max_input_tokens=limit)
+    # Two objectives may share one text.
+    stores = {d.train.folder: d.train.tokens for d in data if isinstance(d, TextData)}
+    table = backbone.model.get_input_embeddings().weight
+    told = cooccurrence.start_from(table, stores.values(), config.train.seed)
+    backbone.save(out)
+    tokens = sum(len(tokens) for tokens in stores.values())
+    print(f"{out}: embeddings of {told:,} of {len(table):,} pieces from {tokens:,} tokens of text; pre-train with")
+    print(f"backbone.init=pretrained backbone.name={out}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="+", metavar="RECIPE.yaml | key.sub=value")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    options, recipes, overrides = command.read_arguments(parser, EXAMPLE)
+
+    def act() -> int:
+        config = recipe.load(recipes, overrides)
+        check(config, options.out)
+        make(config, options.out)
+        return 0
+
+    return command.exit_status(act, stopped="stopped; nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
