@@ -1,10 +1,10 @@
-"""Untrained weights whose embeddings come from counting a recipe's texts, to begin pre-training from.
+"""Put into a backbone's embeddings which pieces stand near which in a recipe's texts, to pre-train from.
 
     python jobs/make_embeddings.py RECIPE.yaml [more.yaml …] [key.sub=value …] --out DIR
 
-The recipe is one of jobs/pretrain.py; its training texts are counted, its backbone's shape is filled as under
-backbone.init=random. Then `jobs/pretrain.py RECIPE.yaml backbone.init=pretrained backbone.name=DIR` trains from DIR.
-How and why: platform/polyprompt/cooccurrence.py.
+The recipe is one of jobs/pretrain.py. Its training texts are counted; its backbone, trained or not, is saved with the
+new embeddings. Then `jobs/pretrain.py RECIPE.yaml backbone.init=pretrained backbone.name=DIR` trains from there,
+which trained weights need too: they knew other embeddings. How and why: platform/polyprompt/cooccurrence.py.
 """
 
 import argparse
@@ -22,12 +22,7 @@ EXAMPLE = "jobs/recipes/pretrain_embedded.yaml"
 
 
 def check(config: RunConfig, out: Path) -> None:
-    """Refuse a config without text or with trained weights, and a folder that holds something."""
-    if config.backbone.init != "random":
-        raise ConfigError(
-            "backbone.init=pretrained: embeddings from counts would replace trained ones, which the other weights need; "
-            "set backbone.init=random"
-        )
+    """Refuse a config without text, and a folder that holds something."""
     if not texts(config):
         raise ConfigError(
             "tasks: none of them is text to train on; add one such as {name: corpus/mine, text: {files: {train: "

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +79,14 @@ def test_pieces_in_the_same_company_are_near() -> None:
 
 def test_what_was_not_seen_stays_and_what_was_seen_little_stays_almost() -> None:
     drawn = torch.randn(25, 8, generator=torch.Generator().manual_seed(0)) * 0.5
+    drawn += torch.arange(8)  # a common part, as trained tables have
     table = drawn.clone()
     cooccurrence.start_from(table, [np.append(alternating(5_000), 22)], seed=0)
     assert torch.equal(table[23:], drawn[23:])
-    kept = torch.nn.functional.cosine_similarity(table, drawn)
+    torch.testing.assert_close(table.mean(dim=0), drawn.mean(dim=0), atol=0.25, rtol=0)
+    kept = torch.nn.functional.cosine_similarity(table - table.mean(dim=0), drawn - drawn.mean(dim=0))
     assert kept[22] > 0.9 > kept[:20].max()
-    assert table.square().mean().sqrt() == pytest.approx(float(drawn.square().mean().sqrt()), rel=0.2)
+    assert table.std() == pytest.approx(float(drawn.std()), rel=0.2)
     again = drawn.clone()
     cooccurrence.start_from(again, [np.append(alternating(5_000), 22)], seed=0)
     torch.testing.assert_close(again, table)
@@ -125,21 +126,8 @@ def test_the_job_fills_in_the_embeddings_and_nothing_else(text_run: Table, tmp_p
     assert "--out=out is there already and not empty" in again.stderr
 
 
-def without_text(table: Table) -> Table:
-    return table | {"tasks": [task for task in table["tasks"] if "text" not in task]}
-
-
-@pytest.mark.parametrize(
-    ("change", "more", "message"),
-    [
-        (dict, "backbone.init=pretrained", "set backbone.init=random"),
-        (without_text, "backbone.init=random", "tasks: none of them is text to train on"),
-    ],
-)
-def test_what_cannot_be_counted_is_refused(
-    text_run: Table, tmp_path: Path, change: Callable[[Table], Table], more: str, message: str
-) -> None:
-    done = job(change(text_run), tmp_path, more)
+def test_what_has_no_text_is_refused(text_run: Table, tmp_path: Path) -> None:
+    done = job(text_run | {"tasks": [task for task in text_run["tasks"] if "text" not in task]}, tmp_path)
     assert done.returncode == 1
-    assert message in done.stderr
+    assert "tasks: none of them is text to train on" in done.stderr
     assert not (tmp_path / "out").exists()

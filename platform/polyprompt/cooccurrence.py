@@ -27,7 +27,7 @@ WINDOW = 5
 SMOOTHING = 0.75
 #: The part of an embedding's variance that is from counts, of a piece that was seen often. The rest stays as it was
 #: drawn: it tells pieces apart that stand in the same places (the people and things of a made text).
-COUNTED = 0.75
+COUNTED = 0.6
 #: A piece that was seen this often has half of that part.
 HALF_SEEN = 20
 #: Tokens that are counted at once: pairs are summed up before they take much memory.
@@ -83,17 +83,19 @@ def vectors(counted: sparse.csr_matrix, size: int, seed: int) -> Floats:
 
 @torch.no_grad()
 def start_from(table_VH: Tensor, texts: Iterable[npt.NDArray[Any]], seed: int) -> int:
-    """Give an untrained embedding table what the texts tell, in place; return how many pieces they told of.
+    """Give an embedding table what the texts tell, in place; return how many pieces they told of.
 
-    A piece seen n times becomes √(1-r) · drawn + √r · counted with r = COUNTED · n/(n + HALF_SEEN): a rare
-    piece's neighbours are chance. The table keeps its size (root mean square), pieces that were not seen keep their embedding.
+    A piece seen n times becomes mean + √(1-r) · (own - mean) + √r · counted with r = COUNTED · n/(n + HALF_SEEN): a rare
+    piece's neighbours are chance. The table keeps its mean, which a trained network expects, and its spread; pieces
+    that were not seen keep their embedding.
     """
     texts = list(texts)
     num_pieces, size = table_VH.shape
     found = vectors(counts(texts, num_pieces), size, seed)
     times = sum(np.bincount(text, minlength=num_pieces) for text in texts)
     share = torch.from_numpy(np.asarray(COUNTED * times / (times + HALF_SEEN)))[:, None]
-    scale = float(table_VH.square().mean().sqrt())
-    mixed = (1 - share).sqrt() * table_VH.double() + share.sqrt() * scale * torch.from_numpy(found)
-    table_VH.copy_(mixed)
+    mean = table_VH.double().mean(dim=0)
+    own = table_VH.double() - mean
+    mixed = mean + (1 - share).sqrt() * own + share.sqrt() * own.square().mean().sqrt() * torch.from_numpy(found)
+    table_VH.copy_(torch.where(share > 0, mixed, table_VH.double()))
     return int((times > 0).sum())
