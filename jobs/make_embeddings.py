@@ -8,6 +8,8 @@ which trained weights need too: they knew other embeddings. How and why: platfor
 """
 
 import argparse
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def texts(config: RunConfig) -> list[TextTaskConfig]:
 
 
 def make(config: RunConfig, out: Path) -> None:
-    """Count, and write a folder that `backbone.name` takes."""
+    """Count, and write a folder that `backbone.name` takes, whole or not at all."""
     from polyprompt import backbone as backbones
     from polyprompt import cooccurrence
     from polyprompt.data import TextData, prepare
@@ -51,7 +53,10 @@ def make(config: RunConfig, out: Path) -> None:
     stores = {d.train.folder: d.train.tokens for d in data if isinstance(d, TextData)}
     table = backbone.model.get_input_embeddings().weight
     told = cooccurrence.start_from(table, stores.values(), config.train.seed)
-    backbone.save(out)
+    draft = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    backbone.save(draft)
+    os.replace(draft, out)
     tokens = sum(len(tokens) for tokens in stores.values())
     print(f"{out}: embeddings of {told:,} of {len(table):,} pieces from {tokens:,} tokens of text; pre-train with")
     print(f"backbone.init=pretrained backbone.name={out}")

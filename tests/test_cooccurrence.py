@@ -56,7 +56,7 @@ def test_mutual_information_is_the_formula() -> None:
 
 
 def alternating(length: int) -> npt.NDArray[Any]:
-    """Pieces 0-19 at random, each behind a companion of its group: 20 behind 0-9, 21 behind 10-19. 22-24 are never there."""
+    """Pieces 0 to 19 at random, behind each its group's companion: 20 (of 0 to 9) or 21. 22 to 24 are never there."""
     drawn = np.random.default_rng(0).integers(20, size=length)
     return np.stack([drawn, 20 + drawn // 10], axis=1).ravel()
 

@@ -5,8 +5,8 @@ A small network from random embeddings finds that out late or never: each row mo
 
 Source: Levy & Goldberg 2014, Neural word embedding as implicit matrix factorization; Levy, Goldberg & Dagan 2015,
 Improving distributional similarity with lessons learned from word embeddings: positive pointwise mutual information
-(section 2.1), contexts smoothed by 0.75 (section 3.2), U·Σ^½ of its singular value decomposition (section 3.3). Near pairs
-count more, by 1/distance as in GloVe (Pennington et al. 2014, section 4.2). We count pieces, not words.
+(section 2.1), contexts smoothed by 0.75 (section 3.2), U·Σ^½ of its singular value decomposition (section 3.3). Near
+pairs count more, by 1/distance as in GloVe (Pennington et al. 2014, section 4.2). We count pieces, not words.
 
 V: pieces of the vocabulary, H: size of an embedding.
 """
@@ -85,17 +85,18 @@ def vectors(counted: sparse.csr_matrix, size: int, seed: int) -> Floats:
 def start_from(table_VH: Tensor, texts: Iterable[npt.NDArray[Any]], seed: int) -> int:
     """Give an embedding table what the texts tell, in place; return how many pieces they told of.
 
-    A piece seen n times becomes mean + √(1-r) · (own - mean) + √r · counted with r = COUNTED · n/(n + HALF_SEEN): a rare
-    piece's neighbours are chance. The table keeps its mean, which a trained network expects, and its spread; pieces
-    that were not seen keep their embedding.
+    A piece seen n times becomes mean + √(1-r) · (own - mean) + √r · counted with r = COUNTED · n/(n + HALF_SEEN): a
+    rare piece's neighbours are chance. The table keeps its mean, which a trained network expects, and its spread;
+    pieces that were not seen keep their embedding.
     """
     texts = list(texts)
     num_pieces, size = table_VH.shape
     found = vectors(counts(texts, num_pieces), size, seed)
-    times = sum(np.bincount(text, minlength=num_pieces) for text in texts)
-    share = torch.from_numpy(np.asarray(COUNTED * times / (times + HALF_SEEN)))[:, None]
+    told = found.any(axis=1)
+    times = told * sum(np.bincount(text, minlength=num_pieces) for text in texts)
+    share = torch.from_numpy(COUNTED * times / (times + HALF_SEEN))[:, None]
     mean = table_VH.double().mean(dim=0)
     own = table_VH.double() - mean
     mixed = mean + (1 - share).sqrt() * own + share.sqrt() * own.square().mean().sqrt() * torch.from_numpy(found)
     table_VH.copy_(torch.where(share > 0, mixed, table_VH.double()))
-    return int((times > 0).sum())
+    return int(told.sum())
