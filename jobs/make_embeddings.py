@@ -8,12 +8,12 @@ which trained weights need too: they knew other embeddings. How and why: platfor
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+import pretrain
 
 from polyprompt import command, recipe
 from polyprompt.config import RunConfig
@@ -24,39 +24,26 @@ EXAMPLE = "jobs/recipes/pretrain_embedded.yaml"
 
 
 def check(config: RunConfig, out: Path) -> None:
-    """Refuse a config without text, and a folder that holds something."""
-    if not texts(config):
-        raise ConfigError(
-            "tasks: none of them is text to train on; add one such as {name: corpus/mine, text: {files: {train: "
-            "[mine.txt.gz]}}}"
-        )
+    """Refuse what jobs/pretrain.py refuses, and a folder that holds something."""
+    pretrain.check(config)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out} is there already and not empty; name another folder, or delete it")
 
 
-def texts(config: RunConfig) -> list[TextTaskConfig]:
-    return [task for task in config.tasks if isinstance(task, TextTaskConfig) and task.is_trained]
-
-
 def make(config: RunConfig, out: Path) -> None:
     """Count, and write a folder that `backbone.name` takes, whole or not at all."""
-    from polyprompt import backbone as backbones
-    from polyprompt import cooccurrence
-    from polyprompt.data import TextData, prepare
-    from polyprompt.tasks import catalog
+    from polyprompt import checkpoint, cooccurrence
+    from polyprompt.data import TextData
+    from polyprompt.plan import build
 
-    alone = config.model_copy(update={"tasks": texts(config)})
-    backbone = backbones.load(config.backbone, train=True, precision="fp32", seed=config.train.seed)
-    limit = config.data.max_input_tokens or backbone.max_input_tokens or 512
-    data = prepare(config, catalog.resolve(alone), backbone.tokenizer, max_input_tokens=limit)
+    texts = [task for task in config.tasks if isinstance(task, TextTaskConfig) and task.is_trained]
+    model, data = build(config.model_copy(update={"tasks": texts}))
     # Two objectives may share one text.
     stores = {d.train.folder: d.train.tokens for d in data if isinstance(d, TextData)}
-    table = backbone.model.get_input_embeddings().weight
+    table = model.backbone.model.get_input_embeddings().weight
     told = cooccurrence.start_from(table, stores.values(), config.train.seed)
-    draft = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    backbone.save(draft)
-    os.replace(draft, out)
+    with checkpoint.filled(out) as draft:
+        model.backbone.save(draft)
     tokens = sum(len(tokens) for tokens in stores.values())
     print(f"{out}: embeddings of {told:,} of {len(table):,} pieces from {tokens:,} tokens of text; pre-train with")
     print(f"backbone.init=pretrained backbone.name={out}")

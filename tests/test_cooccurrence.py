@@ -1,4 +1,4 @@
-"""Embeddings from counts, and the job that leaves untrained weights with them."""
+"""Embeddings from counts, and the job that puts them into a backbone."""
 
 import subprocess
 import sys

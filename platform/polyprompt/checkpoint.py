@@ -19,7 +19,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -196,18 +197,25 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def write_folded(bundle: Bundle, target: Path, tensors: Mapping[str, Tensor], folded: Mapping[str, Any]) -> Path:
     """Write a bundle for prediction alone, with other tensors in it (folding.py), to a new folder; return that one."""
-    draft = target.with_name(f".{target.name}.tmp")
+    with filled(target) as draft:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, draft / TENSORS, metadata={"format": "pt"})
+        for name in (STATE, CONFIG):
+            shutil.copyfile(bundle.folder / name, draft / name)
+        files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+        manifest = {**json.loads((bundle.folder / MANIFEST).read_text()), "folded": dict(folded), "files": files}
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return target
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """Hand out a folder aside, which becomes `folder`, that is not there yet or empty, once it is filled."""
+    draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, draft / TENSORS, metadata={"format": "pt"})
-    for name in (STATE, CONFIG):
-        shutil.copyfile(bundle.folder / name, draft / name)
-    files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
-    manifest = {**json.loads((bundle.folder / MANIFEST).read_text()), "folded": dict(folded), "files": files}
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    os.replace(draft, target)
-    return target
+    yield draft
+    os.replace(draft, folder)
 
 
 def without_optimizer(folder: Path, target: Path) -> Path:

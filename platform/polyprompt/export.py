@@ -5,12 +5,9 @@ peft     what PEFT can compute: prompts before the input, a folder for each task
 hf       weights and tokenizer, for runs that trained the network (or LoRA, merged into it), and the prompts beside
 """
 
-import contextlib
 import importlib.util
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +62,7 @@ def hub_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
         )
     tables, texts = ({}, {}) if lora else _fold(opened, model)
     model.method.leave(model.backbone.model)
-    with _written(out) as draft:
+    with checkpoint.filled(out) as draft:
         model.backbone.save(draft)
         if tables:
             safetensors.torch.save_file(tables, draft / PROMPTS, metadata={"format": "pt"})
@@ -99,7 +96,7 @@ def peft_folder(bundle: Path, out: Path, backbone: str | None = None) -> Path:
                 "that computes it: its prefixes never reach T5's encoder, and in a decoder-only model they move the "
                 "text to other positions. Use --format folded"
             )
-    with _written(out) as draft:
+    with checkpoint.filled(out) as draft:
         if isinstance(model.method, LoRA):
             _write_lora(model.method, opened, kind, draft)
         else:
@@ -202,16 +199,6 @@ def _fold(bundle: Bundle, model: PromptedModel) -> tuple[dict[str, Any], dict[st
     dims = model.backbone.dims(len(bundle.config.tasks))
     limit = input_limit(bundle.config, model.backbone, model.method)
     return folding.fold(model.method, dims.num_tasks, dims.hidden, limit)
-
-
-@contextlib.contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """Hand out a folder aside, which becomes `out` once it is filled."""
-    draft = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    os.replace(draft, out)
 
 
 def _check_free(out: Path) -> None:

@@ -1,6 +1,5 @@
 """From a finished pre-training run to a backbone folder: weights, tokenizer and a model card."""
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,13 +31,11 @@ def export(config: RunConfig, result: RunResult, folder: Path) -> Path:
     model, data = build(config)
     before = evaluate(model, data, config, Workers(config.train.num_shards, config.compute.summing))
     model.load_trained_state(dict(checkpoint.read(Path(result.last_bundle)).tensors))
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.backbone.save(draft)
-    (draft / "README.md").write_text(card(config, result, model.backbone, data, before), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(draft, folder)
+    with checkpoint.filled(folder) as draft:
+        model.backbone.save(draft)
+        (draft / "README.md").write_text(card(config, result, model.backbone, data, before), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
     return folder
 
 
