@@ -36,7 +36,7 @@ from skills.frames import COMMON, PLAIN, Draft  # noqa: E402
 
 ROWS, VALIDATION_ROWS, GRAMMAR_LINES = 200, 40, 150
 #: sha256 of everything that the small corpus below gives. Changed words or templates change it on purpose.
-DIGEST = "45f8a496a8f446158f1381a850513fb5a23a17c9286552a0acc629ede1fbb061"
+DIGEST = "8e95fc9d819b0622be2b8325ec2b68d11bc1041dbe514236beb1c74a8420edee"
 
 Row = dict[str, Any]
 every_task = pytest.mark.parametrize("name", list(MAKERS))
@@ -238,15 +238,6 @@ def test_the_suites_forms_are_not_asked_the_suites_question(folder: Path) -> Non
     assert not [event for event in events if event in held(folder, "cause_effect")]
 
 
-def test_words_taken_from_a_sentence_all_stand_in_it_and_others_do_not(folder: Path) -> None:
-    told = [row for row in rows(folder, "taken_from", "own", "signs") if " / " in row["input"]]
-    assert len(told) > 20
-    for row in told:
-        _, _, body = row["input"].rpartition(" : ")
-        taken, sentence = sorted((re.findall(r"[a-z']+", side.lower()) for side in body.split(" / ")), key=len)
-        assert {word in sentence for word in taken} == {row["target"] == row["choices"][1]}
-
-
 def test_held_out_works_are_not_read(folder: Path) -> None:
     assert [book_text.held_out_works(n) for n in (2, 20, 33, 284)] == [1, 19, 31, 269]
     assert "xylograph" in gzip.decompress((folder.parent / "corpus.txt.gz").read_bytes()).decode()
@@ -279,11 +270,8 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(tmp_path: Path) ->
     script = tmp_path / "jobs" / "recipes" / "pretrain_embedded.sh"
     environment = {**os.environ, "PYTHON": r"printf %s\n"}
     said = subprocess.run([script], env=environment, capture_output=True, text=True, check=True).stdout
-    stages = [
-        stage.splitlines()
-        for stage in re.split(r"jobs/(?=pretrain\.py|make_embeddings\.py|make_matching_heads\.py)", said)[1:]
-    ]
-    assert len(stages) == 13
+    stages = [stage.splitlines() for stage in re.split(r"jobs/(?=pretrain\.py|make_embeddings\.py)", said)[1:]]
+    assert len(stages) == 10
     backbone = {"name": "embedded", "init": "random"}
     for script, recipe_file, *overrides, option, out in stages:
         assert option == "--out"

@@ -36,10 +36,3 @@ stage 7-long-windows build/pretrained/long_windows.yaml 320 7 train.learning_rat
 FROM="backbone.init=pretrained backbone.name=build/pretrained/8-embeddings"
 stage 9-all jobs/recipes/pretrain_embedded.yaml 1500 9
 stage 10-long-windows build/pretrained/long_windows.yaml 320 10 train.learning_rate=6e-4
-# Heads that look for the same piece come last: behind what the network had learned before them.
-[ -d build/pretrained/11-matching-heads ] ||
-    # shellcheck disable=SC2086
-    $PYTHON jobs/make_matching_heads.py jobs/recipes/pretrain_embedded.yaml $FROM --out build/pretrained/11-matching-heads
-FROM="backbone.init=pretrained backbone.name=build/pretrained/11-matching-heads"
-stage 12-all jobs/recipes/pretrain_embedded.yaml 1500 12
-stage 13-long-windows build/pretrained/long_windows.yaml 320 13 train.learning_rate=6e-4

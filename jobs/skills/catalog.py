@@ -24,7 +24,6 @@ _MAKERS: tuple[Make, ...] = (
     word_tasks.follow_rule,
     word_tasks.word_forms,
     sentence_tasks.intact,
-    sentence_tasks.taken_from,
     sentence_tasks.better_of_two,
     sentence_tasks.agreement,
     sentence_tasks.agreement_cloze,

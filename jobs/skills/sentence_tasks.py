@@ -81,39 +81,6 @@ def intact(rng: Random, books: Books) -> Draft:
     return judge(rng, quoted(rng, sentence if label else broken), label, INTACT, INTACT_IF, books.words)
 
 
-_TAKEN = (
-    Ask("are the words from this sentence", ("no", "yes")),
-    Ask("were they taken from it", ("strange", "taken")),
-    Ask("do the words stand in the text", ("none", "all")),
-    Ask("is it about them", ("no", "yes")),
-)
-_TAKEN_IF = (
-    ("the words are not there", "the words are from elsewhere", "it has none of them"),
-    ("the words are there", "the words were taken from it", "it has them all"),
-)
-#: Words that stand in any sentence tell nothing.
-_EVERYWHERE = 100
-
-
-def taken_from(rng: Random, books: Books) -> Draft:
-    """Were one to four words taken from this sentence, or from the one that stands beside it in its book?"""
-    sentence, other = two(rng, rng.choice(books.pairs))
-    own, others = (
-        [word for word in plain(text) if len(word) > 2 and word not in books.words[:_EVERYWHERE]]
-        for text in (sentence, other)
-    )
-    label = rng.randrange(2)
-    source = own if label else [word for word in others if word not in own]
-    if len(set(source)) < 2:
-        return taken_from(rng, books)
-    words = rng.sample(sorted(set(source)), rng.randint(1, min(4, len(set(source)))))
-    sides = [" ".join(words), _plain_or_not(rng, sentence)]
-    body = rng.choice(("{} / {}", "{} . {}", "{} - {}"))
-    if rng.random() < 0.3:
-        sides = sides[::-1]
-    return judge(rng, body.format(*sides), label, _TAKEN, _TAKEN_IF, books.words)
-
-
 def better_of_two(rng: Random, books: Books) -> Draft:
     """Which of two versions is the sound one, or the damaged one?"""
     sentence = _plain_or_not(rng, rng.choice(books.sentences))
