@@ -9,7 +9,9 @@ which trained weights need too: they knew other embeddings. How and why: platfor
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
@@ -19,6 +21,9 @@ from polyprompt import command, recipe
 from polyprompt.config import RunConfig
 from polyprompt.errors import ConfigError
 from polyprompt.task_configs import TextTaskConfig
+
+if TYPE_CHECKING:
+    from polyprompt.model import PromptedModel
 
 EXAMPLE = "jobs/recipes/pretrain_embedded.yaml"
 
@@ -30,27 +35,34 @@ def check(config: RunConfig, out: Path) -> None:
         raise ConfigError(f"--out={out} is there already and not empty; name another folder, or delete it")
 
 
-def make(config: RunConfig, out: Path) -> None:
-    """Count, and write a folder that `backbone.name` takes, whole or not at all."""
-    from polyprompt import checkpoint, cooccurrence
+def read(config: RunConfig) -> "tuple[PromptedModel, list[Any]]":
+    """Return the recipe's model and the tokens of each of its training texts, one row a text."""
     from polyprompt.data import TextData
     from polyprompt.plan import build
 
     texts = [task for task in config.tasks if isinstance(task, TextTaskConfig) and task.is_trained]
     model, data = build(config.model_copy(update={"tasks": texts}))
     # Two objectives may share one text.
-    stores = {d.train.folder: d.train.tokens for d in data if isinstance(d, TextData)}
+    return model, list({d.train.folder: d.train.tokens for d in data if isinstance(d, TextData)}.values())
+
+
+def make(config: RunConfig, out: Path) -> None:
+    """Count, and write a folder that `backbone.name` takes, whole or not at all."""
+    from polyprompt import checkpoint, cooccurrence
+
+    model, texts = read(config)
     table = model.backbone.model.get_input_embeddings().weight
-    told = cooccurrence.start_from(table, stores.values(), config.train.seed)
+    told = cooccurrence.start_from(table, texts, config.train.seed)
     with checkpoint.filled(out) as draft:
         model.backbone.save(draft)
-    tokens = sum(len(tokens) for tokens in stores.values())
+    tokens = sum(len(text) for text in texts)
     print(f"{out}: embeddings of {told:,} of {len(table):,} pieces from {tokens:,} tokens of text; pre-train with")
     print(f"backbone.init=pretrained backbone.name={out}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(usage: str | None, make: Callable[[RunConfig, Path], None]) -> int:
+    """Read the command line and write the folder; return the exit status."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RECIPE.yaml | key.sub=value")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     options, recipes, overrides = command.read_arguments(parser, EXAMPLE)
@@ -65,4 +77,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, make))

@@ -1,0 +1,41 @@
+"""Make some of a T5's attention heads look for the same piece elsewhere in the input, to pre-train from.
+
+    python jobs/make_matching_heads.py RECIPE.yaml [more.yaml …] [key.sub=value …] --out DIR
+
+The recipe is one of jobs/pretrain.py. Its backbone, trained or not, is saved with the new heads, measured on its
+training texts. Then `jobs/pretrain.py RECIPE.yaml backbone.init=pretrained backbone.name=DIR` trains from there, which
+trained weights need too: they had other heads. How and why: platform/polyprompt/matching_heads.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+import make_embeddings
+
+from polyprompt.config import RunConfig
+
+#: Windows of text to measure keys on, and their tokens.
+WINDOWS, TOKENS = 64, 64
+
+
+def make(config: RunConfig, out: Path) -> None:
+    """Measure, and write a folder that `backbone.name` takes, whole or not at all."""
+    import numpy as np
+    import torch
+
+    from polyprompt import checkpoint, matching_heads
+
+    model, texts = make_embeddings.read(config)
+    tokens = np.concatenate([text[: WINDOWS * TOKENS // len(texts) + 1] for text in texts]).astype(np.int64)
+    windows = torch.from_numpy(tokens[: len(tokens) // TOKENS * TOKENS]).reshape(-1, TOKENS)
+    matching_heads.start_from(model.backbone, windows, config.train.seed)
+    with checkpoint.filled(out) as draft:
+        model.backbone.save(draft)
+    print(f"{out}: {matching_heads.HEADS} heads of each encoder layer look for the same piece; pre-train with")
+    print(f"backbone.init=pretrained backbone.name={out}")
+
+
+if __name__ == "__main__":
+    sys.exit(make_embeddings.main(__doc__, make))
