@@ -17,7 +17,7 @@ from torch import Tensor
 from polyprompt import backbone, matching_heads
 from polyprompt.backbone_base import Backbone
 from polyprompt.backbone_config import BackboneConfig
-from polyprompt.errors import ConfigError
+from polyprompt.errors import ConfigError, DataError
 from polyprompt.matching_heads import HEADS
 from polyprompt.methods.base import Prompts
 
@@ -110,6 +110,12 @@ def test_the_gap_is_that_of_all_pairs(ids: list[int], seed: int) -> None:
 def test_a_model_without_t5s_table_of_positions_is_refused(family: str) -> None:
     with pytest.raises(ConfigError, match=f"is a '{family}' model; matching heads are for t5 and mt5"):
         matching_heads.start_from(tiny.load(family), torch.tensor([[3, 4, 3, 5]]), seed=0)
+
+
+@pytest.mark.parametrize("ids", [[], [[3, 4, 5, 6]]])
+def test_a_text_that_repeats_nothing_is_refused(ids: list[list[int]]) -> None:
+    with pytest.raises(DataError, match=f"no piece stands twice in the {4 * len(ids)} tokens"):
+        matching_heads.start_from(tiny.load("t5"), torch.tensor(ids, dtype=torch.long), seed=0)
 
 
 @pytest.mark.slow

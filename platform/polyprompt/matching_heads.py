@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from polyprompt.backbone_base import Backbone
-from polyprompt.errors import ConfigError
+from polyprompt.errors import ConfigError, DataError
 from polyprompt.methods.base import Prompts
 
 #: So many heads of each encoder layer, the first ones.
@@ -40,7 +40,7 @@ def start_from(backbone: Backbone, windows_NT: Tensor, seed: int) -> None:
     """Make the first HEADS heads of each encoder layer look for equal pieces, in place. The keys keep their size.
 
     windows_NT: ids of tokens; what each layer reads of them is what its keys are made for.
-    Raises ConfigError for a model without T5's position biases.
+    Raises ConfigError for a model without T5's position biases, DataError where no piece stands twice.
     """
     model = backbone.model
     if model.config.model_type not in FAMILIES:
@@ -48,11 +48,13 @@ def start_from(backbone: Backbone, windows_NT: Tensor, seed: int) -> None:
             f"backbone.name is a {model.config.model_type!r} model; matching heads are for {' and '.join(FAMILIES)}, "
             "whose position biases stand in one table"
         )
+    ids_M = windows_NT.flatten()
+    if len(ids_M.unique()) == len(ids_M):
+        raise DataError(f"no piece stands twice in the {len(ids_M)} tokens to measure keys on; give more text")
     generator = torch.Generator().manual_seed(seed)
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # buckets × heads
     bias[:, :HEADS] = 0
     bias[0, :HEADS] = OWN_PLACE
-    ids_M = windows_NT.flatten()
     for block in model.encoder.block:
         x_MH = _read(backbone, block.layer[0].layer_norm, windows_NT).flatten(0, 1)
         attention = block.layer[0].SelfAttention
