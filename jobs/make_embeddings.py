@@ -46,18 +46,25 @@ def read(config: RunConfig) -> "tuple[PromptedModel, list[Any]]":
     return model, list({d.train.folder: d.train.tokens for d in data if isinstance(d, TextData)}.values())
 
 
+def save(model: "PromptedModel", out: Path, what: str) -> None:
+    """Write the model's backbone as a folder that `backbone.name` takes, whole or not at all, and say what it is."""
+    from polyprompt import checkpoint
+
+    with checkpoint.filled(out) as draft:
+        model.backbone.save(draft)
+    print(f"{out}: {what}; pre-train with")
+    print(f"backbone.init=pretrained backbone.name={out}")
+
+
 def make(config: RunConfig, out: Path) -> None:
-    """Count, and write a folder that `backbone.name` takes, whole or not at all."""
-    from polyprompt import checkpoint, cooccurrence
+    """Count, and write the backbone with the new embeddings."""
+    from polyprompt import cooccurrence
 
     model, texts = read(config)
     table = model.backbone.model.get_input_embeddings().weight
     told = cooccurrence.start_from(table, texts, config.train.seed)
-    with checkpoint.filled(out) as draft:
-        model.backbone.save(draft)
     tokens = sum(len(text) for text in texts)
-    print(f"{out}: embeddings of {told:,} of {len(table):,} pieces from {tokens:,} tokens of text; pre-train with")
-    print(f"backbone.init=pretrained backbone.name={out}")
+    save(model, out, f"embeddings of {told:,} of {len(table):,} pieces from {tokens:,} tokens of text")
 
 
 def main(usage: str | None, make: Callable[[RunConfig, Path], None]) -> int:

@@ -21,20 +21,17 @@ WINDOWS, TOKENS = 64, 64
 
 
 def make(config: RunConfig, out: Path) -> None:
-    """Measure, and write a folder that `backbone.name` takes, whole or not at all."""
+    """Measure, and write the backbone with the new heads."""
     import numpy as np
     import torch
 
-    from polyprompt import checkpoint, matching_heads
+    from polyprompt import matching_heads
 
     model, texts = make_embeddings.read(config)
     tokens = np.concatenate([text[: WINDOWS * TOKENS // len(texts) + 1] for text in texts]).astype(np.int64)
     windows = torch.from_numpy(tokens[: len(tokens) // TOKENS * TOKENS]).reshape(-1, TOKENS)
     matching_heads.start_from(model.backbone, windows, config.train.seed)
-    with checkpoint.filled(out) as draft:
-        model.backbone.save(draft)
-    print(f"{out}: {matching_heads.HEADS} heads of each encoder layer look for the same piece; pre-train with")
-    print(f"backbone.init=pretrained backbone.name={out}")
+    make_embeddings.save(model, out, f"{matching_heads.HEADS} heads of each encoder layer look for the same piece")
 
 
 if __name__ == "__main__":
