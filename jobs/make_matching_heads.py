@@ -1,4 +1,4 @@
-"""Make some of a T5's attention heads look for the same piece elsewhere in the input, to pre-train from.
+"""Make the least used of a T5's attention heads look for the same piece elsewhere in the input, to pre-train from.
 
     python jobs/make_matching_heads.py RECIPE.yaml [more.yaml …] [key.sub=value …] --out DIR
 
@@ -30,8 +30,9 @@ def make(config: RunConfig, out: Path) -> None:
     model, texts = make_embeddings.read(config)
     tokens = np.concatenate([text[: WINDOWS * TOKENS // len(texts) + 1] for text in texts]).astype(np.int64)
     windows = torch.from_numpy(tokens[: len(tokens) // TOKENS * TOKENS]).reshape(-1, TOKENS)
-    matching_heads.start_from(model.backbone, windows, config.train.seed)
-    make_embeddings.save(model, out, f"{matching_heads.HEADS} heads of each encoder layer look for the same piece")
+    heads = matching_heads.start_from(model.backbone, windows, config.train.seed)
+    which = " and ".join(str(head) for head in heads)
+    make_embeddings.save(model, out, f"heads {which} of each encoder layer look for the same piece")
 
 
 if __name__ == "__main__":

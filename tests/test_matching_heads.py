@@ -66,33 +66,71 @@ def found_again(weights: Tensor, windows_NT: Tensor) -> Tensor:
     return right.transpose(1, 2)[repeated].double().mean(dim=0)
 
 
-@pytest.mark.parametrize("init", ["random", "pretrained"])
+@pytest.mark.parametrize(("init", "layers"), [("random", 2), ("pretrained", 4)])
 @torch.no_grad()
-def test_matching_heads_find_the_same_piece_and_others_do_not(init: str) -> None:
+def test_matching_heads_find_the_same_piece_and_others_do_not(init: str, layers: int) -> None:
+    """An untrained network's layers write as much as they read: too much is taken away for those after the second."""
     loaded, read = embedded(init), windows()
     for weights in attention(loaded, read):
         assert found_again(weights, read).max() < 0.2
     loaded = embedded(init)
-    matching_heads.start_from(loaded, read, seed=0)
-    for weights in attention(loaded, read):
+    heads = matching_heads.start_from(loaded, read, seed=0)
+    assert len(heads) == HEADS
+    others = [head for head in range(8) if head not in heads]
+    for layer, weights in enumerate(attention(loaded, read)):
         shares = found_again(weights, read)
-        assert shares[:HEADS].min() > 0.8
-        assert shares[HEADS:].max() < 0.2
+        assert layer >= layers or shares[heads].min() > 0.8
+        assert shares[others].max() < 0.2
+
+
+@torch.no_grad()
+def test_a_head_takes_away_part_of_what_it_finds() -> None:
+    loaded = embedded("random")
+    heads = matching_heads.start_from(loaded, windows(), seed=0)
+    for block in loaded.model.encoder.block:
+        layer = block.layer[0].SelfAttention
+        for head in heads:
+            rows = slice(head * 32, head * 32 + 32)
+            written = layer.o.weight[:, rows] @ layer.v.weight[rows]
+            strength = -float(written.trace()) / 32
+            assert strength > 0
+            torch.testing.assert_close(written @ written, -strength * written)
+
+
+@torch.no_grad()
+def test_the_heads_whose_absence_changes_least_are_taken_and_measuring_changes_nothing() -> None:
+    loaded, before = embedded("random"), embedded("random").model.state_dict()
+    for block in loaded.model.encoder.block:
+        block.layer[0].SelfAttention.o.weight[:, 5 * 32 : 6 * 32] = 0
+        block.layer[0].SelfAttention.o.weight[:, 2 * 32 : 3 * 32] *= 0.5
+        block.layer[0].SelfAttention.o.weight[:, 6 * 32 : 7 * 32] *= 2
+    made = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
+    used = matching_heads.use(loaded, windows())
+    assert used[5] == 0
+    assert int(used.argmax()) == 6
+    after = loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in made.items())
+    assert matching_heads.start_from(loaded, windows(), seed=0) == [2, 5]
 
 
 def test_all_else_stays() -> None:
     loaded, before = embedded("pretrained"), embedded("pretrained").model.state_dict()
-    matching_heads.start_from(loaded, windows(), seed=0)
+    heads = matching_heads.start_from(loaded, windows(), seed=0)
     after = loaded.model.state_dict()
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
-    made = {f"encoder.block.{layer}.layer.0.SelfAttention.{name}.weight" for layer in range(4) for name in "qk"}
+    made = {f"encoder.block.{layer}.layer.0.SelfAttention.{name}.weight" for layer in range(4) for name in "qkvo"}
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     assert changed == {*made, table}
+    others = [head for head in range(8) if head not in heads]
     for name in made:
-        assert torch.equal(before[name][HEADS * 32 :], after[name][HEADS * 32 :])
-    for name in (name for name in made if ".k." in name):
-        torch.testing.assert_close(before[name].square().mean(), after[name].square().mean())
-    assert torch.equal(before[table][:, HEADS:], after[table][:, HEADS:])
+        was, now = (weight.T if ".o." in name else weight for weight in (before[name], after[name]))
+        was, now = was.unflatten(0, (8, 32)), now.unflatten(0, (8, 32))
+        assert torch.equal(was[others], now[others])
+        if ".q." not in name:
+            sizes = now[heads].square().mean(dim=(1, 2)).sqrt()
+            torch.testing.assert_close(sizes, was.square().mean().sqrt().expand(HEADS))
+    assert torch.equal(before[table][:, others], after[table][:, others])
 
 
 @given(ids=st.lists(st.integers(0, 3), min_size=6, max_size=10), seed=st.integers(0, 99))
@@ -131,5 +169,5 @@ def test_the_job_makes_the_heads_and_nothing_else(text_run: dict[str, Any], tmp_
     before = backbone.load(shape, train=True, precision="fp32", seed=3).model.state_dict()
     made = load_file(tmp_path / "out" / "model.safetensors")
     changed = {name.split(".")[-2] for name, weight in made.items() if not torch.equal(weight, before[name])}
-    assert changed == {"q", "k", "relative_attention_bias"}
+    assert changed == {"q", "k", "v", "o", "relative_attention_bias"}
     backbone.load(BackboneConfig(name=str(tmp_path / "out")), train=True, precision="fp32", seed=0)

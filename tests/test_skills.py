@@ -270,8 +270,8 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(tmp_path: Path) ->
     script = tmp_path / "jobs" / "recipes" / "pretrain_embedded.sh"
     environment = {**os.environ, "PYTHON": r"printf %s\n"}
     said = subprocess.run([script], env=environment, capture_output=True, text=True, check=True).stdout
-    stages = [stage.splitlines() for stage in re.split(r"jobs/(?=pretrain\.py|make_embeddings\.py)", said)[1:]]
-    assert len(stages) == 10
+    stages = [stage.splitlines() for stage in re.split(r"jobs/(?=pretrain\.py|make_\w+\.py)", said)[1:]]
+    assert len(stages) == 14
     backbone = {"name": "embedded", "init": "random"}
     for script, recipe_file, *overrides, option, out in stages:
         assert option == "--out"

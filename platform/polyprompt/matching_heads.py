@@ -4,13 +4,14 @@ Whether a word of one text stands in another is what paraphrase, entailment and 
 small network hardly finds it: the head has to know a piece by its keys before any row tells that this is of use.
 
 Source: Trockman & Kolter 2023, Mimetic initialization of self-attention layers, section 4: trained models have heads
-whose queries times keys are near a multiple of the identity; starting from such ones, small models learn from less
-data. Where we differ:
+whose queries times keys are near a multiple of the identity, and whose values times outputs are near a negative one;
+starting from such ones, small models learn from less data. Where we differ:
 
-- Only some heads, of a trained network too, and a head's own place is shut out while all others look alike to it
-  (position bias), else each token finds itself.
+- Only some heads, of a trained network too: those that it uses least. A head's own place is shut out while all others
+  look alike to it (position bias), else each token finds itself.
 - Keys are drawn so that their products tell pieces apart, whatever they mean: what a layer reads has most of its
   variance in few directions, which like pieces share, so it is whitened first, and its mean taken out.
+- Nothing is added to the multiples of the identity, and they have the rank of a head.
 
 N: windows, T: tokens of a window, M: all tokens of the windows, U: their different pieces, H: hidden size, K: size of a
 head.
@@ -23,7 +24,7 @@ from polyprompt.backbone_base import Backbone
 from polyprompt.errors import ConfigError, DataError
 from polyprompt.methods.base import Prompts
 
-#: So many heads of each encoder layer, the first ones.
+#: So many heads of each encoder layer.
 HEADS = 2
 #: By so much, in nats, the same piece's logit stands above another's, in the mean.
 MATCH = 9.0
@@ -36,8 +37,11 @@ FAMILIES = ("t5", "mt5")
 
 
 @torch.no_grad()
-def start_from(backbone: Backbone, windows_NT: Tensor, seed: int) -> None:
-    """Make the first HEADS heads of each encoder layer look for equal pieces, in place. The keys keep their size.
+def start_from(backbone: Backbone, windows_NT: Tensor, seed: int) -> list[int]:
+    """Make HEADS heads of each encoder layer, the least used ones, look for equal pieces, in place; return which.
+
+    They are the same in each layer, for layers share a table of position biases. A head looks for the piece it stands
+    at and takes away part of what it finds. Keys, values and outputs keep the size that the layer's have.
 
     windows_NT: ids of tokens; what each layer reads of them is what its keys are made for.
     Raises ConfigError for a model without T5's position biases, DataError where no piece stands twice.
@@ -52,20 +56,43 @@ def start_from(backbone: Backbone, windows_NT: Tensor, seed: int) -> None:
     if len(ids_M.unique()) == len(ids_M):
         raise DataError(f"no piece stands twice in the {len(ids_M)} tokens to measure keys on; give more text")
     generator = torch.Generator().manual_seed(seed)
+    heads = sorted(use(backbone, windows_NT).argsort(stable=True)[:HEADS].tolist())
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # buckets × heads
-    bias[:, :HEADS] = 0
-    bias[0, :HEADS] = OWN_PLACE
+    bias[:, heads] = 0
+    bias[0, heads] = OWN_PLACE
     for block in model.encoder.block:
         x_MH = _read(backbone, block.layer[0].layer_norm, windows_NT).flatten(0, 1)
         attention = block.layer[0].SelfAttention
         size, white_HH = attention.key_value_proj_dim, whitening(x_MH, ids_M)
-        for head in range(HEADS):
+        key, value, output = (_rms(getattr(attention, name).weight) for name in "kvo")
+        for head in heads:
             rows = slice(head * size, (head + 1) * size)
             drawn_KH = nn.init.orthogonal_(torch.empty(size, len(white_HH)), generator=generator) @ white_HH
-            old_KH = attention.k.weight[rows]
-            key_KH = drawn_KH * (old_KH.square().mean() / drawn_KH.square().mean()).sqrt()
-            old_KH.copy_(key_KH)
+            key_KH = drawn_KH * (key / _rms(drawn_KH))
+            attention.k.weight[rows] = key_KH
             attention.q.weight[rows] = key_KH * (MATCH / gap(x_MH @ key_KH.T, ids_M))
+            value_KH = nn.init.orthogonal_(torch.empty(size, len(white_HH)), generator=generator)
+            attention.v.weight[rows] = value_KH * (value / _rms(value_KH))
+            attention.o.weight[:, rows] = -value_KH.T * (output / _rms(value_KH))
+    return heads
+
+
+@torch.no_grad()
+def use(backbone: Backbone, windows_NT: Tensor) -> Tensor:
+    """Return how much the encoder's output changes without each head, all layers' at once, in parts of the output."""
+    attentions = [block.layer[0].SelfAttention for block in backbone.model.encoder.block]
+    final = backbone.model.encoder.final_layer_norm
+    whole_NTH, changes = _read(backbone, final, windows_NT), []
+    for head in range(attentions[0].n_heads):
+        size = attentions[0].key_value_proj_dim
+        # A copy: a weight taken away and put back must be the same to the last bit.
+        outputs = [attention.o.weight.clone() for attention in attentions]
+        for attention in attentions:
+            attention.o.weight[:, head * size : (head + 1) * size] = 0
+        changes.append((_read(backbone, final, windows_NT) - whole_NTH).norm() / whole_NTH.norm())
+        for attention, output in zip(attentions, outputs, strict=True):
+            attention.o.weight.copy_(output)
+    return torch.stack(changes)
 
 
 def whitening(x_MH: Tensor, ids_M: Tensor) -> Tensor:
@@ -89,6 +116,10 @@ def gap(keys_MK: Tensor, ids_M: Tensor) -> Tensor:
     same = ids_M[:, None] == ids_M
     others = ~torch.eye(len(ids_M), dtype=torch.bool)
     return products[same & others].mean() - products[~same].mean()
+
+
+def _rms(weight: Tensor) -> Tensor:
+    return weight.square().mean().sqrt()
 
 
 def _read(backbone: Backbone, module: nn.Module, windows_NT: Tensor) -> Tensor:
