@@ -8,11 +8,12 @@ PYTHON=${PYTHON:-.venv/bin/python}
 [ -d build/skills ] ||
     $PYTHON jobs/make_skills.py --corpus ../shared/data/corpus/{eltec_novels,classic_books}.txt.gz --rows 60000 --out build/skills
 mkdir -p build/pretrained
-# Windows of text in stages 7 and 10 are twice as long. A list of a recipe is replaced whole, so overrides cannot say that.
+# Windows of text in stages 7, 10 and 14 are twice as long. A list of a recipe is replaced whole, so overrides cannot say that.
 sed 's/input_tokens: 64/input_tokens: 128/' jobs/recipes/pretrain_embedded.yaml > build/pretrained/long_windows.yaml
 # Behind the matching heads two fifths of the rows ask what words two texts share.
 sed -E -e '/(skills|own)\/contains,/s/0\.02/1.5/' -e '/skills\/same_words,/s/0\.02/0.7/' -e '/own\/same_words,/s/0\.02/1.0/' \
     -e '/skills\/shared_words,/s/0\.02/0.3/' jobs/recipes/pretrain_embedded.yaml > build/pretrained/matching.yaml
+sed 's/input_tokens: 64/input_tokens: 128/' build/pretrained/matching.yaml > build/pretrained/matching_long_windows.yaml
 
 FROM="backbone.init=random"
 stage() {  # NAME RECIPE STEPS SEED [override...]
@@ -46,4 +47,4 @@ stage 10-long-windows build/pretrained/long_windows.yaml 320 10 train.learning_r
 prepare 11-matching-heads jobs/make_matching_heads.py 11
 stage 12-contains $FIRST 250 12 "mixture.weights={own/contains: 1}" train.batch_size=64 train.lr_scheduler_type=linear train.warmup_ratio=0.05
 stage 13-all build/pretrained/matching.yaml 500 13 train.learning_rate=7e-4 train.warmup_ratio=0.05
-stage 14-long-windows build/pretrained/long_windows.yaml 320 14 train.learning_rate=6e-4
+stage 14-long-windows build/pretrained/matching_long_windows.yaml 320 14 train.learning_rate=6e-4
