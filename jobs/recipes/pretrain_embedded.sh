@@ -40,7 +40,7 @@ prepare() {  # NAME JOB SEED: a change of the weights between two stages
     FROM="backbone.init=pretrained backbone.name=$out"
 }
 # Embeddings from counts come once the skills are there: behind them the second skill was not learned.
-prepare 8-embeddings jobs/make_embeddings.py 0
+prepare 8-embeddings jobs/make_embeddings.py 42
 stage 9-all jobs/recipes/pretrain_embedded.yaml 1500 9
 stage 10-long-windows build/pretrained/long_windows.yaml 320 10 train.learning_rate=6e-4
 # The package's weights end here. What follows teaches to match words between texts, again one skill alone first (docs/pretraining.md).

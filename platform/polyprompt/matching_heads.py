@@ -83,10 +83,9 @@ def use(backbone: Backbone, windows_NT: Tensor) -> Tensor:
     attentions = [block.layer[0].SelfAttention for block in backbone.model.encoder.block]
     final = backbone.model.encoder.final_layer_norm
     whole_NTH, changes = _read(backbone, final, windows_NT), []
+    size = attentions[0].key_value_proj_dim
+    outputs = [attention.o.weight.clone() for attention in attentions]
     for head in range(attentions[0].n_heads):
-        size = attentions[0].key_value_proj_dim
-        # A copy: a weight taken away and put back must be the same to the last bit.
-        outputs = [attention.o.weight.clone() for attention in attentions]
         for attention in attentions:
             attention.o.weight[:, head * size : (head + 1) * size] = 0
         changes.append((_read(backbone, final, windows_NT) - whole_NTH).norm() / whole_NTH.norm())
