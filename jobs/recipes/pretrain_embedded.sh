@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pre-train a backbone as the embedded one was, and on: about two hours on two cores. A stage that is there already is not run again.
+# Pre-train a backbone as the embedded one was: about two hours on two cores. A stage that is there already is not run again.
 #   jobs/recipes/pretrain_embedded.sh       reads ../shared/data/corpus, as the recipes do; writes build/
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -43,7 +43,7 @@ prepare() {  # NAME JOB SEED: a change of the weights between two stages
 prepare 8-embeddings jobs/make_embeddings.py 42
 stage 9-all jobs/recipes/pretrain_embedded.yaml 1500 9
 stage 10-long-windows build/pretrained/long_windows.yaml 320 10 train.learning_rate=6e-4
-# The package's weights end here. What follows teaches to match words between texts, again one skill alone first (docs/pretraining.md).
+# What follows teaches to match words between texts, again one skill alone first (docs/pretraining.md).
 prepare 11-matching-heads jobs/make_matching_heads.py 11
 stage 12-contains $FIRST 250 12 "mixture.weights={own/contains: 1}" train.batch_size=64 train.lr_scheduler_type=linear train.warmup_ratio=0.05
 stage 13-all build/pretrained/matching.yaml 500 13 train.learning_rate=7e-4 train.warmup_ratio=0.05
