@@ -7,13 +7,14 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python jobs/multitask.py jobs/recipes/embedded.yaml
 
-# Three processes of about the same length: tests on the session's Ray, those that start long jobs, and all the others.
+# Three processes of about the same length: tests on the session's Ray and of compiled layers, those that start long jobs, and
+# all the others.
 # They wait a lot; three keep two cores busy.
 TESTS := $(BIN)/python -m pytest --durations 15 $(ARGS)
 test: .venv/installed
 	$(TESTS) -m "own_processes and not gpu" > .venv/own_processes.log 2>&1 & own=$$!; \
-	$(TESTS) -m "not own_processes and not ray and not gpu" > .venv/without_ray.log 2>&1 & without=$$!; \
-	$(TESTS) -m "ray and not own_processes and not gpu"; ray=$$?; \
+	$(TESTS) -m "not own_processes and not ray and not compiled and not gpu" > .venv/without_ray.log 2>&1 & without=$$!; \
+	$(TESTS) -m "(ray or compiled) and not own_processes and not gpu"; ray=$$?; \
 	wait $$own; own=$$?; wait $$without; without=$$?; \
 	cat .venv/own_processes.log .venv/without_ray.log; \
 	test $$ray -eq 0 -a $$own -eq 0 -a $$without -eq 0

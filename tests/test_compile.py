@@ -21,6 +21,7 @@ def trained(table: dict[str, Any], folder: Path) -> TrainState:
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_the_curve_and_the_scores_are_as_without(small_run: dict[str, Any], tmp_path: Path) -> None:
     """Dropout off: its draws differ. Every layer is whole in one graph, blocks of any size run in it."""
     small_run["backbone"] |= {"dropout": 0.0}
