@@ -8,8 +8,7 @@ run: .venv/installed
 	$(BIN)/python jobs/multitask.py jobs/recipes/embedded.yaml
 
 # Three processes of about the same length: tests on the session's Ray and of compiled layers, those that start long jobs, and
-# all the others.
-# They wait a lot; three keep two cores busy.
+# all the others. They wait a lot; three keep two cores busy.
 TESTS := $(BIN)/python -m pytest --durations 15 $(ARGS)
 test: .venv/installed
 	$(TESTS) -m "own_processes and not gpu" > .venv/own_processes.log 2>&1 & own=$$!; \
